@@ -199,7 +199,10 @@ def prune(checkpoint, how, calibration=None, path="checkpoint"):
         state = {n: v * masks[n] if n in masks else v for n, v in state.items()}
     before, after = (torch.cat([s[n].flatten().double() for n in weights])
                      for s in (checkpoint["model"], state))
+    params, macs = models.count(models.from_state(checkpoint["arch"], checkpoint["classes"], state),
+                                checkpoint["side"])
     return {**checkpoint, "kind": "pruned", "model": state, "kept": kept, "pruning": how,
+            "params": params, "macs": macs,
             "removed": 1 - ((after != 0).sum() / (before != 0).sum()).item(),
             "distance": ((before.square().sum() - after.square().sum()).abs().sqrt()
                          / before.norm()).item(),

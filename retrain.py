@@ -74,12 +74,12 @@ def rewind_point(checkpoint, epochs, folder):
     return snapshot
 
 
-def budget(schedule, epochs, checkpoint, macs):
+def budget(schedule, epochs, checkpoint):
     """Epochs a variant trains for a budget of `epochs`: more for the scratch arms at equal cost."""
     total = checkpoint["recipe"]["epochs"]
     if schedule == "scratch_e":
         return total + epochs
-    return int(total * checkpoint["dense_macs"] / macs) if schedule == "scratch_b" else epochs
+    return int(total * checkpoint["dense_macs"] / checkpoint["macs"]) if schedule == "scratch_b" else epochs
 
 
 class Run:
@@ -90,8 +90,7 @@ class Run:
         self.folder = os.path.dirname(path) or "."
         dry = args.dry_run
         self.epochs = min(epochs, 2) if dry else epochs
-        self.params, self.macs = models.count(models.restore(checkpoint, path), checkpoint["side"])
-        trained = budget(schedule, self.epochs, checkpoint, self.macs)
+        trained = budget(schedule, self.epochs, checkpoint)
         self.settings = {
             "pruned": models.digest(checkpoint["model"]), "dense": checkpoint["dense_id"],
             "round": checkpoint.get("round", 1), "schedule": schedule, "budget": self.epochs,
@@ -130,7 +129,7 @@ class Run:
                 "calibration_images": pruning["calibration_images"], **settings,
                 "test_accuracy": part[-1]["test_accuracy"],
                 "dense_test_accuracy": c["dense_test_accuracy"],
-                "pruned_test_accuracy": c["test_accuracy"], "params": self.params, "macs": self.macs,
+                "pruned_test_accuracy": c["test_accuracy"], "params": c["params"], "macs": c["macs"],
                 "nonzero": sum((v != 0).sum().item() for n, v in c["model"].items()
                                if n.endswith((".weight", ".bias"))),
                 "dense_params": c["dense_params"], "dense_macs": c["dense_macs"], "curve": part,
@@ -144,7 +143,7 @@ class Run:
         c, s = self.checkpoint, self.settings
         network, momentum, masks = start(s["schedule"], self.epochs, c, self.folder, s["seed"])
         steps = math.ceil(len(data.train[1]) / s["batch_size"])
-        say(f"{self.name}: {self.params:,} parameters, {self.macs:,} MACs, {s['epochs']} epochs")
+        say(f"{self.name}: {c['params']:,} parameters, {c['macs']:,} MACs, {s['epochs']} epochs")
         curve, seconds = train.fit(network, data, self.schedule(steps), s, machine, self.state,
                                    resume=args.resume, save_every=args.save_every, masks=masks,
                                    momentum=momentum)

@@ -223,7 +223,8 @@ def test_counts_of_dense_networks(arch, params, macs):
 
 def planned(arch, plan=None, sparsity=(), classes=10):
     """The meta-sized network after a plan: counts need shapes, not values."""
-    network = models.build(arch, classes)
+    with torch.device("meta"):
+        network = models.build(arch, classes)
     counts = prune.filters_to_keep(network, arch, sparsity, plan)
     keep = {conv: torch.arange(k) for conv, k in counts.items()}
     return models.from_state(arch, classes, models.shrink(network.state_dict(), models.prunable(network), keep))
@@ -252,7 +253,7 @@ def by_hand(arch, plan):
 
 @pytest.mark.parametrize("arch", ["resnet56", "resnet110"])
 def test_counts_of_plans_a_and_b_by_hand(arch):
-    for plan in "ABCD":
+    for plan in "AB":
         assert models.count(planned(arch, plan), 32) == by_hand(arch, plan)
 
 
@@ -264,7 +265,7 @@ def test_counts_of_plan_i_over_eight_rounds():
         keep = {conv: torch.arange(k) for conv, k in counts.items()}
         state = models.shrink(network.state_dict(), models.prunable(network), keep)
         network = models.from_state("resnet56", 10, state)
-        found.append(models.count(network, 32)[0])
+        found.append(sum(p.numel() for p in network.parameters()))
     assert found == [691_234, 549_646, 443_410, 354_940, 286_666, 233_548, 180_430, 137_410]
 
 
@@ -800,7 +801,9 @@ def test_torchrun_computes_what_one_process_computes(tmp_path):
         "    return torch.nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)\n"
         "torch.nn.BatchNorm2d.forward = frozen\n"
         "schedules.command(lambda: train.main(sys.argv[1:]))\n")
-    argv = ["--subset", "40", "--batch-size", "40", "--epochs", "5", "--precision", "fp32", "--lr", "0.01"]
+    image_folder(tmp_path / "data", count=14)
+    argv = ["--dataset", "folder", "--batch-size", "42", "--epochs", "5", "--precision", "fp32",
+            "--lr", "0.01"]
     curves = []
     for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2",
                                                  "--master-port", "29531"])):
@@ -811,7 +814,7 @@ def test_torchrun_computes_what_one_process_computes(tmp_path):
         curves.append(torch.load(tmp_path / name / "dense.pt")["curve"])
     for one, two in zip(*curves):
         assert one["train_loss"] == pytest.approx(two["train_loss"], abs=1e-4)
-        assert one["test_accuracy"] == pytest.approx(two["test_accuracy"], abs=0.11)
+        assert one["test_accuracy"] == two["test_accuracy"]
     assert len({p["train_loss"] for p in curves[0]}) == 5                      # each step changed it
     assert sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(tmp_path / "two"))
 

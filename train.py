@@ -10,9 +10,13 @@ There is one training loop (`fit`). Retraining a pruned network differs from den
 start weights, masks and schedule. Data order and augmentation are functions of (seed, epoch), the
 learning rate is a function of the step, so a resumed run needs nothing but counters and tensors.
 """
+import copy
+import itertools
 import math
 import os
+import resource
 import signal
+import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -448,8 +452,8 @@ def evaluate(network, data, machine, split="test"):
 
 
 def wants_compile(machine, steps):
-    """Compiling costs half a minute or more and pays on a GPU, where small networks wait for kernel
-    launches; there it has paid after some thousand steps. On a CPU it gains 3-13 %: only on request."""
+    """Compiling costs half a minute or more. It should pay in long runs on a GPU, where a small network
+    waits for kernel launches (not measured yet); on a CPU it gains 3-13 %: only on request."""
     return machine.compile == "on" or machine.compile == "auto" and machine.cuda and steps >= 10_000
 
 
@@ -625,6 +629,69 @@ def same_run(wanted, found, path):
         raise Refused(f"{path}: belongs to another run; it differs in {', '.join(differ)}")
 
 
+# ---- how fast ------------------------------------------------------------------------------------
+
+def matrix_peak(machine):
+    """FLOP/s of the best of ten large matrix products in the precision of training."""
+    n = 8192 if machine.cuda else 1024
+    a = torch.randn(n, n, device=machine.device, dtype=torch.bfloat16 if machine.bf16 else torch.float32)
+    return 2 * n ** 3 / min(clock(lambda: a @ a, machine) for _ in range(10))
+
+
+def clock(work, machine):
+    """Seconds that `work()` takes, device included."""
+    start = time.perf_counter()
+    work()
+    if machine.cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def benchmark(args, machine, rounds=7, steps=10):
+    """train.py --benchmark: the training step with its data against the same step on one fixed batch, for
+    the dense network, one with a mask, and one with half of its filters. The two alternate; medians."""
+    recipe = the_recipe(args)
+    data = load_data(recipe, args.data_dir or "data", machine.device)
+    size = recipe["batch_size"]
+    if len(data.train[1]) < size:
+        raise Refused(f"argument --batch-size: {size}, but there are {len(data.train[1])} images")
+    network = models.build(args.arch, data.classes)
+    units = models.prunable(network)
+    half = models.from_state(args.arch, data.classes, models.shrink(network.state_dict(), units, {
+        u.conv: torch.arange(network.get_submodule(u.conv).out_channels // 2) for u in units}))
+    peak = matrix_peak(machine)
+    say(f"{args.arch}, batch {size}, {'bf16' if machine.bf16 else 'fp32'}, {device_name(machine)}; matrix "
+        f"product peak {peak / 1e12:.2f} TFLOP/s\n\n| network | images/s | on one fixed batch | ratio | step, ms | "
+        "share of peak | peak memory, MiB |\n|---|---|---|---|---|---|---|")
+    for name, net in (("dense", network), ("masked", copy.deepcopy(network)), ("half the filters", half)):
+        net.to(machine.device, memory_format=torch.channels_last).train()
+        optimizer, masks = optimizer_of(net, recipe["weight_decay"]), None
+        if name == "masked":
+            weights = [net.get_parameter(n).data for n in models.weight_names(net)]
+            masks = weights, [(torch.rand_like(w) < 0.1).to(w.dtype) for w in weights]
+        forward = torch.compile(net) if wants_compile(machine, rounds * steps) else net
+
+        def endless():
+            for epoch in itertools.count():
+                for x, y, counted, _ in train_batches(data, 0, epoch, size, machine):
+                    if counted == size:
+                        yield x, y
+        batches = endless()
+        fixed = next(batches)
+        runs = [lambda: [train_step(forward, optimizer, *next(batches), machine, 1.0, masks)
+                         for _ in range(steps)],
+                lambda: [train_step(forward, optimizer, *fixed, machine, 1.0, masks) for _ in range(steps)]]
+        runs[0]()
+        times = [[clock(r, machine) for r in runs] for _ in range(rounds)]
+        seconds, bound = (statistics.median(t) / steps for t in zip(*times))
+        ratio = statistics.median(b / a for a, b in times)
+        memory = (torch.cuda.max_memory_allocated() if machine.cuda
+                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 20
+        work = 6 * models.count(net, data.side)[1] * size         # forward and twice that backward
+        say(f"| {name} | {size / seconds:.0f} | {size / bound:.0f} | {ratio:.3f} | {1000 * seconds:.1f} | "
+            f"{work / seconds / peak:.1%} | {memory:.0f} |")
+
+
 # ---- the dense run -------------------------------------------------------------------------------
 
 def run_folder(args):
@@ -640,7 +707,7 @@ def the_recipe(args):
         given = getattr(args, key)
         recipe[key] = base[key] if given is None else given
     if args.dry_run:
-        recipe["epochs"] = min(recipe["epochs"], 2)
+        recipe["epochs"], recipe["batch_size"] = min(recipe["epochs"], 2), min(recipe["batch_size"], 16)
     if args.milestones is None or args.dry_run:      # the recipe's drops, at the same shares of T
         recipe["milestones"] = [m * recipe["epochs"] // base["epochs"] for m in base["milestones"]]
     elif recipe["schedule"] != "step":
@@ -697,6 +764,8 @@ def train(args):
     machine = the_machine(args)
     if args.evaluate:
         return evaluate_file(args, machine)
+    if args.benchmark:
+        return benchmark(args, machine)
     recipe, folder = the_recipe(args), run_folder(args)
     target, state_path = os.path.join(folder, "dense.pt"), os.path.join(folder, "dense.state.pt")
     settings = {**recipe, "precision": "bf16" if machine.bf16 else "fp32"}
@@ -776,6 +845,7 @@ def main(argv=None):
                        help="keep the weights K, 2K, … epochs before the end, for weight rewinding "
                             "(default T/18: the paper's budgets)")
     flags.add_argument("--evaluate", metavar="CHECKPOINT", help="only evaluate this file")
+    flags.add_argument("--benchmark", action="store_true", help="only measure the speed of a step")
     loop_flags(flags)
     machine_flags(flags)
     args = flags.parse_args(argv)
