@@ -149,17 +149,18 @@ class Refused(Exception):
     """Input that cannot be used. Its text is the one line the user sees; the exit status is 2."""
 
 
-def number(kind, low, high=math.inf, below=False):
+def number(kind, low, high=1e15, below=False):
     """An argparse type: an int or float in [low, high], or [low, high) with `below`."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value < high if below else low <= value <= high) or math.isinf(value):
+        if not (low <= value < high if below else low <= value <= high):
             name = "a whole number" if kind is int else "a number"
-            upper = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
-            raise argparse.ArgumentTypeError(f"must be {name}, at least {low:g}{upper}; got {text!r}")
+            upper = f"{'below' if below else 'at most'} {high:g}"
+            raise argparse.ArgumentTypeError(f"must be {name}, at least {low:g} and {upper}; "
+                                             f"got {text[:40]!r}")
         return value
     return parse
 
