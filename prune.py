@@ -288,7 +288,8 @@ def check_target(target, pruned):
 
 def main(argv=None):
     flags = schedules.parser(__doc__)
-    flags.add_argument("checkpoint", nargs="*", help="default: runs/shapes-resnet8-s0/dense.pt")
+    flags.add_argument("checkpoint", nargs="*", type=schedules.path,
+                       help="default: runs/shapes-resnet8-s0/dense.pt")
     flags.add_argument("--method", nargs="+", choices=METHODS, default=["magnitude", "random"])
     flags.add_argument("--structure", choices=("filters", "weights"), default="filters")
     flags.add_argument("--sparsity", nargs="+", type=number(float, 0, 1, below=True), metavar="P",
@@ -300,7 +301,8 @@ def main(argv=None):
     flags.add_argument("--calibration-images", type=number(int, 1), default=640, metavar="N",
                        help="training images for taylor, obd and hrank")
     flags.add_argument("--seed", type=number(int, 0), default=0, help="of random, and of those images")
-    flags.add_argument("--out", metavar="FILE", help="default: beside the checkpoint, named by the method")
+    flags.add_argument("--out", type=schedules.path, metavar="FILE",
+                       help="default: beside the checkpoint, named by the method")
     train.machine_flags(flags)
     run(flags.parse_args(argv))
 

@@ -563,7 +563,8 @@ def refuse_useless(args):
 
 def main(argv=None):
     flags = schedules.parser(__doc__)
-    flags.add_argument("checkpoint", nargs="*", help="pruned checkpoints (default: all of the default run)")
+    flags.add_argument("checkpoint", nargs="*", type=schedules.path,
+                       help="pruned checkpoints (default: all of the default run)")
     flags.add_argument("--schedule", nargs="+", choices=EVERY, default=DEFAULT, metavar="NAME",
                        help=f"{' '.join(EVERY)}; scratch_e trains T + t epochs, scratch_b as many MACs as "
                             "the dense run")
@@ -577,7 +578,8 @@ def main(argv=None):
                        help="one_cycle: cycle the momentum as published")
     flags.add_argument("--rounds", type=number(int, 1), default=1, metavar="K",
                        help="retrain and prune K times, each round from the last one's weights")
-    flags.add_argument("--report", nargs="+", metavar="DIR", help="only make DIR/report.md again")
+    flags.add_argument("--report", nargs="+", type=schedules.path, metavar="DIR",
+                       help="only make DIR/report.md again")
     train.loop_flags(flags)
     train.machine_flags(flags)
     args = flags.parse_args(argv)

@@ -165,6 +165,13 @@ def number(kind, low, high=1e15, below=False):
     return parse
 
 
+def path(text):
+    """An argparse type: an empty name is an unset shell variable, not the wish for the default."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def parser(doc):
     """An ArgumentParser whose errors are one line."""
     def error(message):

@@ -371,7 +371,8 @@ def fast_bf16(device):
 
 def machine_flags(flags):
     """The flags with which train.py, prune.py and retrain.py say where and how to compute."""
-    flags.add_argument("--data-dir", help="where the images are (default: data, or as in the checkpoint)")
+    flags.add_argument("--data-dir", type=schedules.path,
+                       help="where the images are (default: data, or as in the checkpoint)")
     flags.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
     flags.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                        help="auto: bf16 autocast where the hardware has it")
@@ -769,13 +770,15 @@ def main(argv=None):
     flags.add_argument("--val-size", type=number(int, 0), default=0,
                        help="hold out so many training images and report them too")
     flags.add_argument("--seed", type=number(int, 0), default=0)
-    flags.add_argument("--out", metavar="DIR", help="default: runs/<dataset>-<arch>-s<seed>")
+    flags.add_argument("--out", type=schedules.path, metavar="DIR",
+                       help="default: runs/<dataset>-<arch>-s<seed>")
     flags.add_argument("--pretrained", action="store_true",
                        help="start from torchvision's V1 weights (--epochs 0: only evaluate and write)")
     flags.add_argument("--snapshot-every", type=number(int, 1), metavar="K",
                        help="keep the weights K, 2K, … epochs before the end, for weight rewinding "
                             "(default T/18: the paper's budgets)")
-    flags.add_argument("--evaluate", metavar="CHECKPOINT", help="only evaluate this file")
+    flags.add_argument("--evaluate", type=schedules.path, metavar="CHECKPOINT",
+                       help="only evaluate this file")
     loop_flags(flags)
     machine_flags(flags)
     args = flags.parse_args(argv)
