@@ -13,6 +13,7 @@ N = t*S, LR_max the largest and LR_min the last learning rate of the dense run.
 """
 import argparse
 import math
+import os
 import sys
 
 DENSE = ("step", "cosine", "linear", "one_cycle", "constant")
@@ -183,13 +184,22 @@ def parser(doc):
 
 
 def command(main):
-    """Run `main()`; turn input that cannot be used, and a disk that fails, into one line, status 2."""
+    """Run `main()`; turn input that cannot be used, and a disk that fails, into one line, status 2.
+    An interrupt while nothing is trained yet ends it without a traceback, status 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")        # a file's name may be any bytes
     try:
-        return main()
+        main()
+        sys.stdout.flush()
     except (Refused, OSError) as problem:
         text = " ".join(str(problem).split())
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: error: {text}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:          # nobody reads it or its disk is full: not to be told again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def recipe_flags(flags, default=None):
