@@ -12,6 +12,7 @@ learning rate is a function of the step, so a resumed run needs nothing but coun
 """
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -399,13 +400,13 @@ def the_machine(args):
     name = args.device
     if name == "auto":
         name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise Refused(f"argument --device: {name!r} is not supported; try auto, cpu or cuda")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise Refused(f"argument --device: {name!r} is not here; try auto or cpu") from None
-    if device.type not in ("cpu", "cuda"):
-        raise Refused(f"argument --device: {name!r} is not supported; try auto, cpu or cuda")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not args.deterministic
