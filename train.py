@@ -535,9 +535,13 @@ def fit(network, data, schedule, settings, machine, state_path, *, resume=False,
 
     def check_finite(epoch, until):
         bad = (~losses[:until].isfinite()).nonzero()
-        if len(bad):
-            raise Refused(f"the loss is not finite at epoch {epoch + 1}, step {int(bad[0]) + 1}: a "
-                          f"smaller --lr may help; {state_path} still holds the last good state")
+        # The last step's loss is from before its update, so that the tensors are looked at too.
+        sound = all(v.isfinite().all() for v in network.state_dict().values())
+        if len(bad) or not sound:
+            what, step = ("loss is", int(bad[0]) + 1) if len(bad) else ("weights are", until)
+            kept = f"; {state_path} holds the last good state" * os.path.exists(state_path)
+            raise Refused(f"the {what} not finite at epoch {epoch + 1}, step {step}: a smaller --lr may "
+                          f"help{kept}")
 
     with interruptible() as signals:
         for epoch in range(first_epoch, epochs):
