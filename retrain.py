@@ -568,7 +568,7 @@ def main(argv=None):
     flags.add_argument("--schedule", nargs="+", choices=EVERY, default=DEFAULT, metavar="NAME",
                        help=f"{' '.join(EVERY)}; scratch_e trains T + t epochs, scratch_b as many MACs as "
                             "the dense run")
-    flags.add_argument("--epochs", nargs="+", type=number(int, 1), metavar="t",
+    flags.add_argument("--epochs", nargs="+", type=number(int, 1, 1e6), metavar="t",
                        help="budgets (default: the data set's, 40 for CIFAR)")
     flags.add_argument("--seed", nargs="+", type=number(int, 0), default=[0], metavar="S")
     flags.add_argument("--lr", type=number(float, 1e-9), help="instead of LR_max: " + ", ".join(schedules.TAKE_LR))

@@ -215,8 +215,8 @@ def recipe_flags(flags, default=None):
 
 def main(argv=None):
     flags = parser(__doc__)
-    flags.add_argument("--epochs", type=number(int, 1), default=72, help="budget t")
-    flags.add_argument("--dense-epochs", type=number(int, 1), default=160, help="T")
+    flags.add_argument("--epochs", type=number(int, 1, 1e6), default=72, help="budget t")
+    flags.add_argument("--dense-epochs", type=number(int, 1, 1e6), default=160, help="T")
     flags.add_argument("--dense-schedule", choices=DENSE, default="step")
     recipe_flags(flags, {"milestones": [80, 120], "lr": 0.1, "momentum": 0.9})
     flags.add_argument("--steps-per-epoch", type=number(int, 1), default=782)

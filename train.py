@@ -766,7 +766,7 @@ def main(argv=None):
     flags.add_argument("--dataset", choices=RECIPES, default="shapes")
     flags.add_argument("--arch", default="resnet8", help="resnet8, resnet20 … (6n+2), vgg16, "
                        "resnet18, resnet34, resnet50 (torchvision's)")
-    flags.add_argument("--epochs", type=number(int, 0), metavar="T")
+    flags.add_argument("--epochs", type=number(int, 0, 1e6), metavar="T")
     flags.add_argument("--batch-size", type=number(int, 2), metavar="B")
     flags.add_argument("--schedule", choices=schedules.DENSE, help="of the dense run (default step)")
     schedules.recipe_flags(flags)
