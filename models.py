@@ -265,8 +265,8 @@ PRUNING = {"structure": {"filters", "weights"}, "method": str, "sparsity": [REAL
 PRUNED = {**NETWORK, "pruning": PRUNING, "kept": {...: torch.Tensor}, "removed": REAL,
           "distance": REAL, "dense_id": str}
 FORMS = {"dense": NETWORK, "pruned": PRUNED, "retrained": {**PRUNED, "run": str},
-         "state": {**COMMON, "epoch": int, "step": int, "momentum": {...: torch.Tensor},
-                   "losses": torch.Tensor, "hits": torch.Tensor}}
+         "state": {**COMMON, "data": str, "epoch": int, "step": int,
+                   "momentum": {...: torch.Tensor}, "losses": torch.Tensor, "hits": torch.Tensor}}
 
 
 def fits(value, form):

@@ -10,6 +10,7 @@ There is one training loop (`fit`). Retraining a pruned network differs from den
 start weights, masks and schedule. Data order and augmentation are functions of (seed, epoch), the
 learning rate is a function of the step, so a resumed run needs nothing but counters and tensors.
 """
+import hashlib
 import math
 import os
 import re
@@ -114,6 +115,19 @@ class Data(NamedTuple):
     classes: int
     mean: list
     std: list
+
+
+def fingerprint(data):
+    """What the training data are, as text that `--resume` compares: large images count by their
+    folder and name, small ones by their pixels."""
+    images, labels = data.train
+    content = hashlib.sha256(labels.cpu().numpy())
+    if isinstance(images, list):
+        content.update(b"\n".join(b"/".join(os.fsencode(p).split(b"/")[-2:]) for p in images))
+    else:
+        content.update(images.cpu().contiguous().numpy())
+    return (f"{len(labels)} images, {data.classes} classes, {data.side} pixels, "
+            f"{content.hexdigest()[:8]}")
 
 
 def balanced(labels, count, flag):
@@ -501,13 +515,18 @@ def fit(network, data, schedule, settings, machine, state_path, *, resume=False,
     device, first_epoch, first_step, curve, before = machine.device, 0, 0, [], 0.0
     losses = torch.zeros(steps, dtype=torch.float64, device=device)
     hits = torch.zeros((), dtype=torch.int64, device=device)
+    identity = fingerprint(data)
     if resume and os.path.exists(state_path):
         state = models.read(state_path, "state")
-        same_run(settings, state["settings"], state_path)
-        network.load_state_dict(state["model"])
+        same_run({**settings, "data": identity},
+                 {**state["settings"], "data": state["data"]}, state_path)
+        try:
+            network.load_state_dict(state["model"])
+            losses.copy_(state["losses"]), hits.copy_(state["hits"])
+        except RuntimeError:
+            raise Refused(f"{state_path}: its tensors do not fit this run; remove it") from None
         momentum, curve, before = state["momentum"], state["curve"], state["seconds"]
         first_epoch, first_step = state["epoch"], state["step"]
-        losses, hits = state["losses"].to(device), state["hits"].to(device)
         say(f"resuming {state_path} at epoch {first_epoch + 1}, step {first_step}")
     network.to(device, memory_format=torch.channels_last)
     optimizer = optimizer_of(network, settings["weight_decay"], momentum)
@@ -529,7 +548,8 @@ def fit(network, data, schedule, settings, machine, state_path, *, resume=False,
             held = {n: optimizer.state[p]["momentum_buffer"] for n, p in network.named_parameters()
                     if optimizer.state[p].get("momentum_buffer") is not None}
             models.save(path, {
-                "kind": "state", "settings": settings, "epoch": epoch, "step": step, "curve": curve,
+                "kind": "state", "settings": settings, "data": identity, "epoch": epoch,
+                "step": step, "curve": curve,
                 "model": dict(network.state_dict()), "momentum": held, "losses": losses, "hits": hits,
                 "seconds": before + time.perf_counter() - start})
 
