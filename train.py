@@ -146,7 +146,7 @@ def balanced(labels, count, flag):
 
 
 def folder_split(root, names):
-    """(file paths, labels, number of classes) of the first of the folders `names` under `root`."""
+    """(file paths, labels, class names) of the first of the folders `names` under `root`."""
     from torchvision.datasets import ImageFolder
     for name in names:
         path = os.path.join(root, name)
@@ -155,7 +155,7 @@ def folder_split(root, names):
                 found = ImageFolder(path)
             except FileNotFoundError as problem:
                 raise Refused(f"argument --data-dir: {problem}") from None
-            return [p for p, _ in found.samples], np.array(found.targets), len(found.classes)
+            return [p for p, _ in found.samples], np.array(found.targets), found.classes
     raise Refused(f"argument --data-dir: {root} has no folder {' or '.join(names)} with a folder of "
                   "images for each class")
 
@@ -205,10 +205,11 @@ def load_data(recipe, data_dir, device, dry_run=False, checkpoint=None, training
         labels, classes = [np.array(s.targets) for s in sets], len(sets[0].classes)
     else:
         splits = [folder_split(data_dir, names) for names in (("train",), ("test", "val"))]
-        labels, classes = [s[1] for s in splits], splits[0][2]
-        if splits[1][2] != classes:
-            raise Refused(f"argument --data-dir: {data_dir} has {classes} classes for training and "
-                          f"{splits[1][2]} for test")
+        labels, classes = [s[1] for s in splits], len(splits[0][2])
+        odd = sorted(set(splits[0][2]) ^ set(splits[1][2]))
+        if odd:               # as many, but others: the labels would be silently wrong
+            raise Refused(f"argument --data-dir: {data_dir} has other classes for training than for "
+                          f"test, {odd[0]!r} for one")
         large = max(decode(splits[0][0][0]).size) > LARGEST_RESIDENT
         fetch = [lambda i, p=p: [p[k] for k in i] if large else resident([p[k] for k in i])
                  for p, _, _ in splits]
