@@ -218,14 +218,16 @@ def load_data(recipe, data_dir, device, dry_run=False, checkpoint=None, training
     if recipe["val_size"]:
         val = balanced(labels[0], recipe["val_size"], "--val-size")
         rest = np.setdiff1d(rest, val)
-    subset = min(2 * recipe["batch_size"], len(rest)) if dry_run else recipe["subset"]
-    if subset is not None:
-        rest = rest[balanced(labels[0][rest], subset, "--subset")]
+    if not len(rest):
+        raise Refused("argument --val-size: leaves no image for training")
+    if dry_run:
+        subset = min(2 * recipe["batch_size"], len(rest))
+        rest = rest[::len(rest) // subset][:subset]
+    elif recipe["subset"] is not None:
+        rest = rest[balanced(labels[0][rest], recipe["subset"], "--subset")]
     test = np.arange(len(labels[1]))
     if dry_run:
         test = test[::max(1, len(test) // 64)][:64]
-    if not len(rest):
-        raise Refused("argument --val-size: leaves no image for training")
 
     if not training:
         rest = rest[:0]
