@@ -165,8 +165,6 @@ def decode(path):
     from torchvision.datasets.folder import default_loader
     try:
         return default_loader(path)
-    except FileNotFoundError:
-        raise
     except Exception as problem:      # PIL's plugins raise anything on damaged files
         raise Refused(f"{path}: not a readable image ({type(problem).__name__})") from None
 
@@ -310,8 +308,11 @@ class Files(torch.utils.data.Dataset):
 def file_batches(split, parts, seed, machine, training):
     """Batches of large images: `parts` is a list of int64 index tensors."""
     items = [[(int(i), hash((seed, int(i)))) for i in part] for part in parts]
-    return torch.utils.data.DataLoader(Files(*split, training), batch_sampler=items,
-                                       num_workers=machine.workers, pin_memory=machine.cuda)
+    try:
+        yield from torch.utils.data.DataLoader(Files(*split, training), batch_sampler=items,
+                                               num_workers=machine.workers, pin_memory=machine.cuda)
+    except Refused as problem:     # out of a worker it comes with that one's traceback as its text
+        raise Refused(str(problem).strip().rsplit("Refused: ")[-1]) from None
 
 
 def train_batches(data, seed, epoch, batch_size, machine, start=0):
