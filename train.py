@@ -10,6 +10,7 @@ There is one training loop (`fit`). Retraining a pruned network differs from den
 start weights, masks and schedule. Data order and augmentation are functions of (seed, epoch), the
 learning rate is a function of the step, so a resumed run needs nothing but counters and tensors.
 """
+import copy
 import hashlib
 import math
 import os
@@ -692,11 +693,19 @@ def summary(network, side):
 
 
 def check_batch(network, data, batch_size):
-    """Batch norm on a Linear layer (VGG) cannot train on one sample."""
-    if len(data.train[1]) % batch_size == 1 and any(
-            isinstance(m, torch.nn.BatchNorm1d) for m in network.modules()):
-        raise Refused(f"argument --batch-size: {len(data.train[1])} images in batches of {batch_size} "
-                      "leave a last batch of one, on which VGG's batch norm cannot train")
+    """Refuse images that the network cannot take, and a last batch of one where its batch norm would
+    have one value for each channel (VGG's Linear layers; small images): that cannot train."""
+    count = len(data.train[1])
+    shadow = copy.deepcopy(network).to("meta")
+    for size in {min(count, batch_size), count % batch_size or batch_size}:
+        try:
+            shadow(torch.empty(size, 3, data.side, data.side, device="meta"))
+        except ValueError:
+            raise Refused(f"argument --batch-size: {count} images in batches of {batch_size} leave a "
+                          "last batch of one, on which this network's batch norm cannot train") from None
+        except RuntimeError:
+            raise Refused(f"argument --arch: this network cannot take images of {data.side} x "
+                          f"{data.side} pixels") from None
 
 
 def evaluate_file(args, machine):
