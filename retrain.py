@@ -160,6 +160,15 @@ class Run:
 # ---- results.jsonl, shared by processes ----------------------------------------------------------
 
 _locks = {}
+MAYBE = (*models.REAL, type(None))
+ROW = {"run": str, "dataset": str, "arch": str, "method": str, "structure": str, "scope": str,
+       "plan": (str, type(None)), "sparsity": (float, list, type(None)), "include_linear": bool,
+       "dense": str, "round": int, "schedule": set(EVERY), "budget": int, "epochs": int, "seed": int,
+       "lr": MAYBE, "end_lr": MAYBE, "cycle_momentum": (bool, type(None)), "dry_run": bool,
+       "test_accuracy": models.REAL, "dense_test_accuracy": models.REAL, "params": int, "macs": int,
+       "nonzero": int, "dense_params": int, "dense_macs": int, "curve": [models.POINT],
+       "seconds": models.REAL, "device": str, "torch": str, "recipe": models.RECIPE,
+       "distance": models.REAL, "removed": models.REAL}
 
 
 def lock(folder, name, wait):
@@ -185,14 +194,14 @@ def read_rows(path):
     if not os.path.exists(path):
         return []
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for i, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-                row["run"], row["schedule"], row["test_accuracy"]
-            except (ValueError, KeyError, TypeError):
-                raise Refused(f"{path}: line {i} is not a result row; remove it") from None
-            rows.append(row)
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError):
+                rows.append(None)
+            if not models.fits(rows[-1], ROW):
+                raise Refused(f"{path}: line {i} is not a result row; remove it")
     return rows
 
 
