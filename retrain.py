@@ -12,6 +12,7 @@ size, weight decay, data order and budget. Each finished run adds one line to re
 run folder, which says all that is needed to run it again; a run that is there is not repeated.
 """
 import argparse
+import contextlib
 import fcntl
 import glob
 import hashlib
@@ -152,7 +153,7 @@ class Run:
             rows = list(self.rows(curve, seconds, machine, budgets))
             models.save(self.target, {**c, "kind": "retrained", "model": dict(network.state_dict()),
                                       "test_accuracy": curve[-1]["test_accuracy"], "run": self.id})
-            append(os.path.join(self.folder, "results.jsonl"), rows)
+            append(self.folder, rows)
             if os.path.exists(self.state):
                 os.remove(self.state)
 
@@ -205,15 +206,26 @@ def read_rows(path):
     return rows
 
 
-def append(path, rows):
-    """Add the rows that are not there yet, whole lines or nothing, while other processes do the same."""
-    folder = os.path.dirname(path)
+@contextlib.contextmanager
+def results(folder):
+    """The path of a run folder's results.jsonl, which no other process changes meanwhile."""
     lock(folder, "results", wait=True)
     try:
+        yield os.path.join(folder, "results.jsonl")
+    finally:
+        unlock(folder, "results")
+
+
+def append(folder, rows):
+    """Add the rows that are not there yet, whole lines or nothing, while other processes do the same."""
+    with results(folder) as path:
         there = {row["run"] for row in read_rows(path)}
         lines = "".join(json.dumps(row) + "\n" for row in rows if row["run"] not in there).encode()
-        with open(path, "ab", buffering=0) as file:
-            size = file.tell()
+        with open(path, "a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if file.read(1) not in (b"", b"\n"):        # an edited file may lack its last line end
+                lines = b"\n" + lines
             try:
                 if file.write(lines) != len(lines):
                     raise OSError(f"{path}: the disk is full")
@@ -221,8 +233,6 @@ def append(path, rows):
             except OSError:
                 file.truncate(size)
                 raise
-    finally:
-        unlock(folder, "results")
 
 
 # ---- the table and the report ---------------------------------------------------------------------
@@ -494,7 +504,8 @@ def agree(value, machine):
 def retrain_chain(run, args, machine, data, budgets):
     """A run and, with --rounds, the rounds that follow from it: prune again, retrain again."""
     for left in reversed(range(args.rounds)):
-        rows = read_rows(os.path.join(run.folder, "results.jsonl"))
+        with results(run.folder) as path:
+            rows = read_rows(path)
         wanted = {r["run"] for r in run.rows([{"test_accuracy": 0}] * run.settings["epochs"], 0, machine,
                                              budgets)}
         done = [r for r in rows if r["run"] in wanted]
@@ -550,8 +561,10 @@ def prune_again(run, args, machine, data):
 def write_report(folders, dry=False):
     """Print the table of the rows in `folders` and write the report: into the folder, or, of several,
     into the folder they share."""
-    rows = [row for f in folders for row in read_rows(os.path.join(f, "results.jsonl"))
-            if row["dry_run"] == dry]
+    rows = []
+    for folder in folders:
+        with results(folder) as path:
+            rows += [row for row in read_rows(path) if row["dry_run"] == dry]
     if not rows:
         raise Refused(f"argument --report: no results.jsonl with finished runs in {' '.join(folders)}")
     path = os.path.join(folders[0] if len(folders) == 1 else os.path.commonpath(folders), "report.md")
