@@ -567,7 +567,8 @@ def write_report(folders, dry=False):
             rows += [row for row in read_rows(path) if row["dry_run"] == dry]
     if not rows:
         raise Refused(f"argument --report: no results.jsonl with finished runs in {' '.join(folders)}")
-    path = os.path.join(folders[0] if len(folders) == 1 else os.path.commonpath(folders), "report.md")
+    shared = os.path.commonpath([os.path.abspath(f) for f in folders])
+    path = os.path.join(folders[0] if len(folders) == 1 else shared, "report.md")
     models.write(path, report(rows).encode())
     say("\n" + table(rows).replace("<br>", " ") + f"\nWrote {path}: this table, the paper's claims against "
         "it, and pictures. Next: read it; python prune.py RETRAINED.pt prunes further.")
