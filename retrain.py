@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import re
 
 import numpy as np
 import torch
@@ -66,7 +67,8 @@ def rewind_point(checkpoint, epochs, folder):
     epoch = max(0, checkpoint["recipe"]["epochs"] - epochs)
     path = train.snapshot_path(os.path.join(folder, "dense.pt"), epoch)
     if not os.path.exists(path):
-        kept = sorted(int(p[-6:-3]) for p in glob.glob(os.path.join(folder, "epoch-*.pt")))
+        names = (re.fullmatch(r"epoch-(\d+)\.pt", name) for name in os.listdir(folder or "."))
+        kept = sorted(int(name[1]) for name in names if name)
         raise Refused(f"argument --schedule: weight_rewind with {epochs} epochs needs {path}, which was not "
                       f"kept (kept epochs: {' '.join(map(str, kept)) or 'none'}); see train.py "
                       "--snapshot-every")
