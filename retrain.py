@@ -530,13 +530,13 @@ def retrain_all(todo, args, machine):
     for wait in (False, True):
         for item in list(todo):
             run, budgets = item
-            if not agree(machine.rank or lock(run.folder, run.id, wait), machine):
-                continue
             c = run.checkpoint
             key = json.dumps([c["recipe"], c["data_dir"]])
             if key not in cache:
                 cache = {key: train.load_data(c["recipe"], args.data_dir or c["data_dir"], machine.device,
                                               args.dry_run or c["recipe"]["dry_run"], c)}
+            if not agree(machine.rank or lock(run.folder, run.id, wait), machine):
+                continue
             retrain_chain(run, args, machine, cache[key], budgets)
             todo.remove(item)
             if not machine.rank:
