@@ -155,7 +155,7 @@ class Run:
             rows = list(self.rows(curve, seconds, machine, budgets))
             models.save(self.target, {**c, "kind": "retrained", "model": dict(network.state_dict()),
                                       "test_accuracy": curve[-1]["test_accuracy"], "run": self.id})
-            append(self.folder, rows)
+            append(os.path.join(self.folder, "results.jsonl"), rows)
             if os.path.exists(self.state):
                 os.remove(self.state)
 
@@ -218,9 +218,9 @@ def results(folder):
         unlock(folder, "results")
 
 
-def append(folder, rows):
+def append(path, rows):
     """Add the rows that are not there yet, whole lines or nothing, while other processes do the same."""
-    with results(folder) as path:
+    with results(os.path.dirname(path)):
         there = {row["run"] for row in read_rows(path)}
         lines = "".join(json.dumps(row) + "\n" for row in rows if row["run"] not in there).encode()
         with open(path, "a+b", buffering=0) as file:
@@ -564,7 +564,7 @@ def write_report(folders, dry=False):
     """Print the table of the rows in `folders` and write the report: into the folder, or, of several,
     into the folder they share."""
     rows = []
-    for folder in folders:
+    for folder in (f for f in folders if os.path.exists(os.path.join(f, "results.jsonl"))):
         with results(folder) as path:
             rows += [row for row in read_rows(path) if row["dry_run"] == dry]
     if not rows:
