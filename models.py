@@ -266,12 +266,13 @@ PRUNED = {**NETWORK, "pruning": PRUNING, "kept": {...: torch.Tensor}, "removed":
           "distance": REAL, "dense_id": str}
 FORMS = {"dense": NETWORK, "pruned": PRUNED, "retrained": {**PRUNED, "run": str},
          "state": {**COMMON, "data": str, "epoch": int, "step": int,
-                   "momentum": {...: torch.Tensor}, "losses": torch.Tensor, "hits": torch.Tensor}}
+                   "momentum": {...: torch.Tensor}, "losses": torch.float64, "hits": torch.int64}}
 
 
 def fits(value, form):
-    """Is `value`, read from a file, of this form? A form is a type or several, a set of values, a
-    list of one form, or a dict of forms by name, with ... for every name. Numbers must be finite."""
+    """Is `value`, read from a file, of this form? A form is a type or several, a tensor's dtype, a set
+    of values, a list of one form, or a dict of forms by name, with ... for every name. Numbers must be
+    finite; torch.Tensor stands for what networks consist of, float32 and int64."""
     if isinstance(form, dict):
         return isinstance(value, dict) and (
             all(isinstance(k, str) and fits(v, form[...]) for k, v in value.items()) if ... in form
@@ -280,9 +281,10 @@ def fits(value, form):
         return isinstance(value, list) and all(fits(v, form[0]) for v in value)
     if isinstance(form, set):
         return isinstance(value, str) and value in form
-    if isinstance(value, torch.Tensor) and form is torch.Tensor:
-        return (value.layout == torch.strided and bool(value.isfinite().all())
-                and value.dtype in (torch.float32, torch.float64, torch.int64))
+    if form is torch.Tensor or isinstance(form, torch.dtype):
+        dtypes = (torch.float32, torch.int64) if form is torch.Tensor else (form,)
+        return (isinstance(value, torch.Tensor) and value.dtype in dtypes
+                and value.layout == torch.strided and bool(value.isfinite().all()))
     return isinstance(value, form) and not (isinstance(value, float) and not math.isfinite(value))
 
 
@@ -323,7 +325,10 @@ def restore(checkpoint, path="checkpoint"):
     try:
         network = from_state(checkpoint["arch"], checkpoint["classes"], checkpoint["model"])
         count(network, checkpoint["side"])
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError):
+        *_, last = (m for m in network.modules() if isinstance(m, nn.Linear))
+        if last.out_features != checkpoint["classes"]:
+            raise ValueError("classes")
+    except (Refused, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError):
         raise Refused(f"{path}: its tensors do not make up the network it names "
                       f"({checkpoint.get('arch')})") from None
     return network
