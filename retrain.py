@@ -463,8 +463,9 @@ def means_chart(rows, key, title, x_title):
     means = {name: {x: [r["test_accuracy"] for r in same if r[key] == x] for x in xs}
              for name, same in group(rows, arm).items()}
     whole = {n: [np.mean(means[n][x]) for x in xs] for n in in_order(means) if all(means[n].values())}
-    return [chart("Test accuracy " + title, x_title, xs, "test accuracy (%)", whole)] * (
-        len(xs) > 1 and bool(whole))
+    if len(xs) == 1 or not whole:
+        return []
+    return [chart("Test accuracy " + title, x_title, xs, "test accuracy (%)", whole)]
 
 
 def report(rows):
