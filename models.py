@@ -10,6 +10,7 @@ A filter-pruned network needs no description: the shapes of its tensors are its 
 import copy
 import hashlib
 import io
+import math
 import os
 import re
 import zipfile
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from schedules import Refused
+from schedules import DENSE, Refused
 
 FORMAT = 1
 IMAGENET = ("resnet18", "resnet34", "resnet50")             # torchvision's
@@ -249,26 +250,71 @@ def save(path, checkpoint):
     write(path, buffer.getbuffer())
 
 
+REAL, PLAIN = (int, float), (int, float, str, list, type(None))
+RECIPE = {"dataset": {"shapes", "cifar10", "cifar100", "folder", "imagenet"}, "arch": str, "seed": int,
+          "subset": (int, type(None)), "val_size": int, "pretrained": bool, "dry_run": bool,
+          "schedule": set(DENSE), "epochs": int, "batch_size": int, "lr": REAL, "momentum": REAL,
+          "weight_decay": REAL, "milestones": [int]}
+POINT = {"epoch": int, "lr": REAL, "train_loss": REAL, "train_accuracy": REAL, "test_accuracy": REAL}
+COMMON = {"settings": {...: PLAIN}, "curve": [POINT], "seconds": REAL, "model": {...: torch.Tensor}}
+NETWORK = {**COMMON, "arch": str, "classes": int, "side": int, "mean": [REAL], "std": [REAL],
+           "data_dir": str, "recipe": RECIPE, "test_accuracy": REAL, "dense_test_accuracy": REAL,
+           "dense_params": int, "dense_macs": int}
+PRUNING = {"structure": {"filters", "weights"}, "method": str, "sparsity": [REAL], "seed": int,
+           "plan": (str, type(None)), "scope": str, "include_linear": bool, "calibration_images": int}
+PRUNED = {**NETWORK, "pruning": PRUNING, "params": int, "macs": int, "kept": {...: torch.Tensor}, "removed": REAL,
+          "distance": REAL, "dense_id": str}
+FORMS = {"dense": NETWORK, "pruned": PRUNED, "retrained": {**PRUNED, "run": str},
+         "state": {**COMMON, "data": str, "epoch": int, "step": int,
+                   "momentum": {...: torch.Tensor}, "losses": torch.float64, "hits": torch.int64}}
+
+
+def fits(value, form):
+    """Is `value`, read from a file, of this form? A form is a type or several, a tensor's dtype, a set
+    of values, a list of one form, or a dict of forms by name, with ... for every name. Numbers must be
+    finite; torch.Tensor stands for what networks consist of, float32 and int64."""
+    if isinstance(form, dict):
+        return isinstance(value, dict) and (
+            all(isinstance(k, str) and fits(v, form[...]) for k, v in value.items()) if ... in form
+            else all(k in value and fits(value[k], f) for k, f in form.items()))
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(v, form[0]) for v in value)
+    if isinstance(form, set):
+        return isinstance(value, str) and value in form
+    if form is torch.Tensor or isinstance(form, torch.dtype):
+        dtypes = (torch.float32, torch.int64) if form is torch.Tensor else (form,)
+        return (isinstance(value, torch.Tensor) and value.dtype in dtypes
+                and value.layout == torch.strided and bool(value.isfinite().all()))
+    return isinstance(value, form) and not (isinstance(value, float) and not math.isfinite(value))
+
+
 def read(path, *kinds):
     """The checkpoint dict at `path`, checked; tensors on the CPU.
 
     Every byte of content is covered by the zip's checksums, nothing but plain types is unpickled
-    (weights_only), and `kind` must be one of `kinds` if any are given. Raises Refused otherwise."""
+    (weights_only), the contents have the form of their kind, which must be one of `kinds` if any are
+    given. Raises Refused otherwise."""
     if not os.path.isfile(path):
         raise Refused(f"{path}: no such checkpoint; train.py and prune.py write them")
+    checked = io.BytesIO()
     with open(path, "rb") as file:
-        buffer = io.BytesIO(file.read())
+        content = io.BytesIO(file.read())
     try:
-        with zipfile.ZipFile(buffer) as archive:
-            if archive.testzip() is not None:
-                raise ValueError("checksum")
-        buffer.seek(0)
-        checkpoint = torch.load(buffer, map_location="cpu", weights_only=True)
+        # A zip's index has no checksum, and torch's reader believes it: one flipped bit there makes a
+        # tensor of whatever is in memory. So torch gets a new archive of the contents that were checked.
+        with zipfile.ZipFile(content) as archive, zipfile.ZipFile(checked, "w") as fresh:
+            for name in set(archive.namelist()):
+                fresh.writestr(name, archive.read(name))
+        checked.seek(0)
+        checkpoint = torch.load(checked, map_location="cpu", weights_only=True)
     except Exception as problem:   # torch and zipfile raise a dozen kinds, all with one meaning here
         raise Refused(f"{path}: not a checkpoint of this project, or damaged; write it again "
                       f"({type(problem).__name__})") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+    if not fits(checkpoint, {"format": int, "kind": set(FORMS)}) or checkpoint["format"] != FORMAT:
         raise Refused(f"{path}: not a checkpoint of this project (format {FORMAT})")
+    if not fits(checkpoint, FORMS[checkpoint["kind"]]):
+        raise Refused(f"{path}: lacks parts of a {checkpoint['kind']} checkpoint, or they are of another "
+                      "type or not finite; write it again")
     if kinds and checkpoint["kind"] not in kinds:
         raise Refused(f"{path}: is a {checkpoint['kind']} checkpoint, not {' or '.join(kinds)}")
     return checkpoint
@@ -279,7 +325,10 @@ def restore(checkpoint, path="checkpoint"):
     try:
         network = from_state(checkpoint["arch"], checkpoint["classes"], checkpoint["model"])
         count(network, checkpoint["side"])
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError):
+        *_, last = (m for m in network.modules() if isinstance(m, nn.Linear))
+        if last.out_features != checkpoint["classes"]:
+            raise ValueError("classes")
+    except (Refused, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError):
         raise Refused(f"{path}: its tensors do not make up the network it names "
                       f"({checkpoint.get('arch')})") from None
     return network

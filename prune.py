@@ -253,7 +253,7 @@ def run(args):
         raise Refused("argument --out: one file, but there are several checkpoints or methods")
     checkpoints = [models.read(s, "dense", "pruned", "retrained") for s in sources]
     machine = train.the_machine(args)
-    written = []
+    made = {}              # written when all is done: what is refused half way leaves nothing behind
     for source, checkpoint in zip(sources, checkpoints):
         data = train.load_data(checkpoint["recipe"], args.data_dir or checkpoint["data_dir"],
                                machine.device, args.dry_run, checkpoint,
@@ -264,18 +264,19 @@ def run(args):
         for method in args.method:
             calibration = (train.calibration(data, args.calibration_images, args.seed, machine)
                            if method in NEED_DATA else None)
-            made = {**how, "method": method, "dry_run": args.dry_run and not checkpoint["recipe"]["dry_run"]}
-            pruned = prune(checkpoint, made, calibration, source)
+            way = {**how, "method": method, "dry_run": args.dry_run and not checkpoint["recipe"]["dry_run"]}
+            pruned = prune(checkpoint, way, calibration, source)
             network = models.restore(pruned, source).to(machine.device)
             pruned["test_accuracy"] = train.evaluate(network, data, machine)
             stem = "" if checkpoint["kind"] == "dense" else os.path.basename(source)[:-3] + "--"
-            target = args.out or os.path.join(os.path.dirname(source), f"{stem}{label(made)}.pt")
+            target = args.out or os.path.join(os.path.dirname(source), f"{stem}{label(way)}.pt")
             check_target(target, pruned)
-            models.save(target, pruned)
-            written.append(target)
-            say(f"{label(made)}: test {pruned['test_accuracy']:.2f} %, {train.summary(network, data.side)}"
+            made[target] = pruned
+            say(f"{label(way)}: test {pruned['test_accuracy']:.2f} %, {train.summary(network, data.side)}"
                 f"\n  {counts_by_layer(checkpoint, pruned)}")
-    say(f"Wrote {' '.join(written)}. Next: python retrain.py {' '.join(written)}")
+    for target, pruned in made.items():
+        models.save(target, pruned)
+    say(f"Wrote {' '.join(made)}. Next: python retrain.py {' '.join(made)}")
 
 
 def check_target(target, pruned):
@@ -291,7 +292,8 @@ def check_target(target, pruned):
 
 def main(argv=None):
     flags = schedules.parser(__doc__)
-    flags.add_argument("checkpoint", nargs="*", help="default: runs/shapes-resnet8-s0/dense.pt")
+    flags.add_argument("checkpoint", nargs="*", type=schedules.path,
+                       help="default: runs/shapes-resnet8-s0/dense.pt")
     flags.add_argument("--method", nargs="+", choices=METHODS, default=["magnitude", "random"])
     flags.add_argument("--structure", choices=("filters", "weights"), default="filters")
     flags.add_argument("--sparsity", nargs="+", type=number(float, 0, 1, below=True), metavar="P",
@@ -303,7 +305,8 @@ def main(argv=None):
     flags.add_argument("--calibration-images", type=number(int, 1), default=640, metavar="N",
                        help="training images for taylor, obd and hrank")
     flags.add_argument("--seed", type=number(int, 0), default=0, help="of random, and of those images")
-    flags.add_argument("--out", metavar="FILE", help="default: beside the checkpoint, named by the method")
+    flags.add_argument("--out", type=schedules.path, metavar="FILE",
+                       help="default: beside the checkpoint, named by the method")
     train.machine_flags(flags)
     run(flags.parse_args(argv))
 

@@ -12,6 +12,7 @@ size, weight decay, data order and budget. Each finished run adds one line to re
 run folder, which says all that is needed to run it again; a run that is there is not repeated.
 """
 import argparse
+import contextlib
 import fcntl
 import glob
 import hashlib
@@ -19,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import re
 
 import numpy as np
 import torch
@@ -65,7 +67,8 @@ def rewind_point(checkpoint, epochs, folder):
     epoch = max(0, checkpoint["recipe"]["epochs"] - epochs)
     path = train.snapshot_path(os.path.join(folder, "dense.pt"), epoch)
     if not os.path.exists(path):
-        kept = sorted(int(p[-6:-3]) for p in glob.glob(os.path.join(folder, "epoch-*.pt")))
+        names = (re.fullmatch(r"epoch-(\d+)\.pt", name) for name in os.listdir(folder or "."))
+        kept = sorted(int(name[1]) for name in names if name)
         raise Refused(f"argument --schedule: weight_rewind with {epochs} epochs needs {path}, which was not "
                       f"kept (kept epochs: {' '.join(map(str, kept)) or 'none'}); see train.py "
                       "--snapshot-every")
@@ -159,6 +162,15 @@ class Run:
 # ---- results.jsonl, shared by processes ----------------------------------------------------------
 
 _locks = {}
+MAYBE = (*models.REAL, type(None))
+ROW = {"run": str, "dataset": str, "arch": str, "method": str, "structure": str, "scope": str,
+       "plan": (str, type(None)), "sparsity": (float, list, type(None)), "include_linear": bool,
+       "dense": str, "round": int, "schedule": set(EVERY), "budget": int, "epochs": int, "seed": int,
+       "lr": MAYBE, "end_lr": MAYBE, "cycle_momentum": (bool, type(None)), "dry_run": bool,
+       "test_accuracy": models.REAL, "dense_test_accuracy": models.REAL, "params": int, "macs": int,
+       "nonzero": int, "dense_params": int, "dense_macs": int, "curve": [models.POINT],
+       "seconds": models.REAL, "device": str, "torch": str, "recipe": models.RECIPE,
+       "distance": models.REAL, "removed": models.REAL}
 
 
 def lock(folder, name, wait):
@@ -184,26 +196,37 @@ def read_rows(path):
     if not os.path.exists(path):
         return []
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for i, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-                row["run"], row["schedule"], row["test_accuracy"]
-            except (ValueError, KeyError, TypeError):
-                raise Refused(f"{path}: line {i} is not a result row; remove it") from None
-            rows.append(row)
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError):
+                rows.append(None)
+            if not models.fits(rows[-1], ROW):
+                raise Refused(f"{path}: line {i} is not a result row; remove it")
     return rows
+
+
+@contextlib.contextmanager
+def results(folder):
+    """The path of a run folder's results.jsonl, which no other process changes meanwhile."""
+    lock(folder, "results", wait=True)
+    try:
+        yield os.path.join(folder, "results.jsonl")
+    finally:
+        unlock(folder, "results")
 
 
 def append(path, rows):
     """Add the rows that are not there yet, whole lines or nothing, while other processes do the same."""
-    folder = os.path.dirname(path)
-    lock(folder, "results", wait=True)
-    try:
+    with results(os.path.dirname(path)):
         there = {row["run"] for row in read_rows(path)}
         lines = "".join(json.dumps(row) + "\n" for row in rows if row["run"] not in there).encode()
-        with open(path, "ab", buffering=0) as file:
-            size = file.tell()
+        with open(path, "a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if file.read(1) not in (b"", b"\n"):        # an edited file may lack its last line end
+                lines = b"\n" + lines
             try:
                 if file.write(lines) != len(lines):
                     raise OSError(f"{path}: the disk is full")
@@ -211,8 +234,6 @@ def append(path, rows):
             except OSError:
                 file.truncate(size)
                 raise
-    finally:
-        unlock(folder, "results")
 
 
 # ---- the table and the report ---------------------------------------------------------------------
@@ -441,8 +462,9 @@ def means_chart(rows, key, title, x_title):
     means = {name: {x: [r["test_accuracy"] for r in same if r[key] == x] for x in xs}
              for name, same in group(rows, arm).items()}
     whole = {n: [np.mean(means[n][x]) for x in xs] for n in in_order(means) if all(means[n].values())}
-    return [chart("Test accuracy " + title, x_title, xs, "test accuracy (%)", whole)] * (
-        len(xs) > 1 and bool(whole))
+    if len(xs) == 1 or not whole:
+        return []
+    return [chart("Test accuracy " + title, x_title, xs, "test accuracy (%)", whole)]
 
 
 def report(rows):
@@ -484,7 +506,8 @@ def agree(value, machine):
 def retrain_chain(run, args, machine, data, budgets):
     """A run and, with --rounds, the rounds that follow from it: prune again, retrain again."""
     for left in reversed(range(args.rounds)):
-        rows = read_rows(os.path.join(run.folder, "results.jsonl"))
+        with results(run.folder) as path:
+            rows = read_rows(path)
         wanted = {r["run"] for r in run.rows([{"test_accuracy": 0}] * run.settings["epochs"], 0, machine,
                                              budgets)}
         done = [r for r in rows if r["run"] in wanted]
@@ -507,13 +530,13 @@ def retrain_all(todo, args, machine):
     for wait in (False, True):
         for item in list(todo):
             run, budgets = item
-            if not agree(machine.rank or lock(run.folder, run.id, wait), machine):
-                continue
             c = run.checkpoint
             key = json.dumps([c["recipe"], c["data_dir"]])
             if key not in cache:
                 cache = {key: train.load_data(c["recipe"], args.data_dir or c["data_dir"], machine.device,
                                               args.dry_run or c["recipe"]["dry_run"], c)}
+            if not agree(machine.rank or lock(run.folder, run.id, wait), machine):
+                continue
             retrain_chain(run, args, machine, cache[key], budgets)
             todo.remove(item)
             if not machine.rank:
@@ -540,11 +563,14 @@ def prune_again(run, args, machine, data):
 def write_report(folders, dry=False):
     """Print the table of the rows in `folders` and write the report: into the folder, or, of several,
     into the folder they share."""
-    rows = [row for f in folders for row in read_rows(os.path.join(f, "results.jsonl"))
-            if row["dry_run"] == dry]
+    rows = []
+    for folder in (f for f in folders if os.path.exists(os.path.join(f, "results.jsonl"))):
+        with results(folder) as path:
+            rows += [row for row in read_rows(path) if row["dry_run"] == dry]
     if not rows:
         raise Refused(f"argument --report: no results.jsonl with finished runs in {' '.join(folders)}")
-    path = os.path.join(folders[0] if len(folders) == 1 else os.path.commonpath(folders), "report.md")
+    shared = os.path.commonpath([os.path.abspath(f) for f in folders])
+    path = os.path.join(folders[0] if len(folders) == 1 else shared, "report.md")
     models.write(path, report(rows).encode())
     say("\n" + table(rows).replace("<br>", " ") + f"\nWrote {path}: this table, the paper's claims against "
         "it, and pictures. Next: read it; python prune.py RETRAINED.pt prunes further.")
@@ -562,11 +588,12 @@ def refuse_useless(args):
 
 def main(argv=None):
     flags = schedules.parser(__doc__)
-    flags.add_argument("checkpoint", nargs="*", help="pruned checkpoints (default: all of the default run)")
+    flags.add_argument("checkpoint", nargs="*", type=schedules.path,
+                       help="pruned checkpoints (default: all of the default run)")
     flags.add_argument("--schedule", nargs="+", choices=EVERY, default=DEFAULT, metavar="NAME",
                        help=f"{' '.join(EVERY)}; scratch_e trains T + t epochs, scratch_b as many MACs as "
                             "the dense run")
-    flags.add_argument("--epochs", nargs="+", type=number(int, 1), metavar="t",
+    flags.add_argument("--epochs", nargs="+", type=number(int, 1, 1e6), metavar="t",
                        help="budgets (default: the data set's, 40 for CIFAR)")
     flags.add_argument("--seed", nargs="+", type=number(int, 0), default=[0], metavar="S")
     flags.add_argument("--lr", type=number(float, 1e-9), help="instead of LR_max: " + ", ".join(schedules.TAKE_LR))
@@ -576,7 +603,8 @@ def main(argv=None):
                        help="one_cycle: cycle the momentum as published")
     flags.add_argument("--rounds", type=number(int, 1), default=1, metavar="K",
                        help="retrain and prune K times, each round from the last one's weights")
-    flags.add_argument("--report", nargs="+", metavar="DIR", help="only make DIR/report.md again")
+    flags.add_argument("--report", nargs="+", type=schedules.path, metavar="DIR",
+                       help="only make DIR/report.md again")
     train.loop_flags(flags)
     train.machine_flags(flags)
     args = flags.parse_args(argv)

@@ -13,6 +13,7 @@ N = t*S, LR_max the largest and LR_min the last learning rate of the dense run.
 """
 import argparse
 import math
+import os
 import sys
 
 DENSE = ("step", "cosine", "linear", "one_cycle", "constant")
@@ -149,19 +150,27 @@ class Refused(Exception):
     """Input that cannot be used. Its text is the one line the user sees; the exit status is 2."""
 
 
-def number(kind, low, high=math.inf, below=False):
+def number(kind, low, high=1e15, below=False):
     """An argparse type: an int or float in [low, high], or [low, high) with `below`."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value < high if below else low <= value <= high) or math.isinf(value):
+        if not (low <= value < high if below else low <= value <= high):
             name = "a whole number" if kind is int else "a number"
-            upper = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
-            raise argparse.ArgumentTypeError(f"must be {name}, at least {low:g}{upper}; got {text!r}")
+            upper = f"{'below' if below else 'at most'} {high:g}"
+            raise argparse.ArgumentTypeError(f"must be {name}, at least {low:g} and {upper}; "
+                                             f"got {text[:40]!r}")
         return value
     return parse
+
+
+def path(text):
+    """An argparse type: an empty name is an unset shell variable, not the wish for the default."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def parser(doc):
@@ -175,13 +184,22 @@ def parser(doc):
 
 
 def command(main):
-    """Run `main()`; turn input that cannot be used, and a disk that fails, into one line, status 2."""
+    """Run `main()`; turn input that cannot be used, and a disk that fails, into one line, status 2.
+    An interrupt while nothing is trained yet ends it without a traceback, status 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")        # a file's name may be any bytes
     try:
-        return main()
+        main()
+        sys.stdout.flush()
     except (Refused, OSError) as problem:
         text = " ".join(str(problem).split())
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: error: {text}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:          # nobody reads it or its disk is full: not to be told again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def recipe_flags(flags, default=None):
@@ -197,8 +215,8 @@ def recipe_flags(flags, default=None):
 
 def main(argv=None):
     flags = parser(__doc__)
-    flags.add_argument("--epochs", type=number(int, 1), default=72, help="budget t")
-    flags.add_argument("--dense-epochs", type=number(int, 1), default=160, help="T")
+    flags.add_argument("--epochs", type=number(int, 1, 1e6), default=72, help="budget t")
+    flags.add_argument("--dense-epochs", type=number(int, 1, 1e6), default=160, help="T")
     flags.add_argument("--dense-schedule", choices=DENSE, default="step")
     recipe_flags(flags, {"milestones": [80, 120], "lr": 0.1, "momentum": 0.9})
     flags.add_argument("--steps-per-epoch", type=number(int, 1), default=782)

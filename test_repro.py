@@ -78,7 +78,9 @@ def dense_checkpoint(arch, seed=0, classes=10, side=32, **recipe):
     network = models.build(arch, classes, seed)
     params, macs = models.count(network, side)
     return {"kind": "dense", "arch": arch, "classes": classes, "side": side, "mean": [0.5] * 3,
-            "std": [0.25] * 3, "recipe": {**CIFAR, "dataset": "shapes", "dry_run": False, **recipe},
+            "std": [0.25] * 3, "recipe": {
+                **CIFAR, "dataset": "shapes", "arch": arch, "seed": seed, "pretrained": False, "subset": None,
+                "val_size": 0, "batch_size": 8, "weight_decay": 5e-4, "dry_run": False, **recipe},
             "settings": {}, "data_dir": "data", "test_accuracy": 50.0, "dense_test_accuracy": 50.0,
             "dense_params": params, "dense_macs": macs, "model": dict(network.state_dict())}
 
@@ -775,8 +777,7 @@ def test_rounds_prune_and_retrain_in_one_call(tmp_path):
 def test_finetune_at_several_budgets_is_one_run(tmp_path):
     """Its longest run contains the shorter ones: the first epochs of the same curve."""
     data = tiny_data(16)
-    pruned = {**prune.prune(dense_checkpoint("resnet8", batch_size=8, weight_decay=5e-4, subset=None,
-                                             val_size=0), how()), "test_accuracy": 10.0}
+    pruned = {**prune.prune(dense_checkpoint("resnet8"), how()), "test_accuracy": 10.0}
     args = type("Args", (), {"dry_run": False, "lr": None, "end_lr": None, "cycle_momentum": True,
                              "resume": False, "save_every": 0})
     long, short = (retrain.Run(str(tmp_path / "p.pt"), pruned, "finetune", t, 0, args, CPU) for t in (3, 2))

@@ -11,9 +11,12 @@ start weights, masks and schedule. Data order and augmentation are functions of 
 learning rate is a function of the step, so a resumed run needs nothing but counters and tensors.
 """
 import copy
+import ctypes
+import hashlib
 import itertools
 import math
 import os
+import re
 import resource
 import signal
 import statistics
@@ -119,6 +122,19 @@ class Data(NamedTuple):
     std: list
 
 
+def fingerprint(data):
+    """What the training data are, as text that `--resume` compares: large images count by their
+    folder and name, small ones by their pixels."""
+    images, labels = data.train
+    content = hashlib.sha256(labels.cpu().numpy())
+    if isinstance(images, list):
+        content.update(b"\n".join(b"/".join(os.fsencode(p).split(b"/")[-2:]) for p in images))
+    else:
+        content.update(images.cpu().contiguous().numpy())
+    return (f"{len(labels)} images, {data.classes} classes, {data.side} pixels, "
+            f"{content.hexdigest()[:8]}")
+
+
 def balanced(labels, count, flag):
     """`count` indices of `labels`, fixed and class-balanced (Refused, naming `flag`, if impossible)."""
     classes = int(labels.max()) + 1
@@ -135,7 +151,7 @@ def balanced(labels, count, flag):
 
 
 def folder_split(root, names):
-    """(file paths, labels, number of classes) of the first of the folders `names` under `root`."""
+    """(file paths, labels, class names) of the first of the folders `names` under `root`."""
     from torchvision.datasets import ImageFolder
     for name in names:
         path = os.path.join(root, name)
@@ -144,7 +160,7 @@ def folder_split(root, names):
                 found = ImageFolder(path)
             except FileNotFoundError as problem:
                 raise Refused(f"argument --data-dir: {problem}") from None
-            return [p for p, _ in found.samples], np.array(found.targets), len(found.classes)
+            return [p for p, _ in found.samples], np.array(found.targets), found.classes
     raise Refused(f"argument --data-dir: {root} has no folder {' or '.join(names)} with a folder of "
                   "images for each class")
 
@@ -154,8 +170,6 @@ def decode(path):
     from torchvision.datasets.folder import default_loader
     try:
         return default_loader(path)
-    except FileNotFoundError:
-        raise
     except Exception as problem:      # PIL's plugins raise anything on damaged files
         raise Refused(f"{path}: not a readable image ({type(problem).__name__})") from None
 
@@ -194,10 +208,11 @@ def load_data(recipe, data_dir, device, dry_run=False, checkpoint=None, training
         labels, classes = [np.array(s.targets) for s in sets], len(sets[0].classes)
     else:
         splits = [folder_split(data_dir, names) for names in (("train",), ("test", "val"))]
-        labels, classes = [s[1] for s in splits], splits[0][2]
-        if splits[1][2] != classes:
-            raise Refused(f"argument --data-dir: {data_dir} has {classes} classes for training and "
-                          f"{splits[1][2]} for test")
+        labels, classes = [s[1] for s in splits], len(splits[0][2])
+        odd = sorted(set(splits[0][2]) ^ set(splits[1][2]))
+        if odd:               # as many, but others: the labels would be silently wrong
+            raise Refused(f"argument --data-dir: {data_dir} has other classes for training than for "
+                          f"test, {odd[0]!r} for one")
         large = max(decode(splits[0][0][0]).size) > LARGEST_RESIDENT
         fetch = [lambda i, p=p: [p[k] for k in i] if large else resident([p[k] for k in i])
                  for p, _, _ in splits]
@@ -206,14 +221,16 @@ def load_data(recipe, data_dir, device, dry_run=False, checkpoint=None, training
     if recipe["val_size"]:
         val = balanced(labels[0], recipe["val_size"], "--val-size")
         rest = np.setdiff1d(rest, val)
-    subset = min(2 * recipe["batch_size"], len(rest)) if dry_run else recipe["subset"]
-    if subset is not None:
-        rest = rest[balanced(labels[0][rest], subset, "--subset")]
+    if not len(rest):
+        raise Refused("argument --val-size: leaves no image for training")
+    if dry_run:
+        subset = min(2 * recipe["batch_size"], len(rest))
+        rest = rest[::len(rest) // subset][:subset]
+    elif recipe["subset"] is not None:
+        rest = rest[balanced(labels[0][rest], recipe["subset"], "--subset")]
     test = np.arange(len(labels[1]))
     if dry_run:
         test = test[::max(1, len(test) // 64)][:64]
-    if not len(rest):
-        raise Refused("argument --val-size: leaves no image for training")
 
     if not training:
         rest = rest[:0]
@@ -296,8 +313,11 @@ class Files(torch.utils.data.Dataset):
 def file_batches(split, parts, seed, machine, training):
     """Batches of large images: `parts` is a list of int64 index tensors."""
     items = [[(int(i), hash((seed, int(i)))) for i in part] for part in parts]
-    return torch.utils.data.DataLoader(Files(*split, training), batch_sampler=items,
-                                       num_workers=machine.workers, pin_memory=machine.cuda)
+    try:
+        yield from torch.utils.data.DataLoader(Files(*split, training), batch_sampler=items,
+                                               num_workers=machine.workers, pin_memory=machine.cuda)
+    except Refused as problem:     # out of a worker it comes with that one's traceback as its text
+        raise Refused(str(problem).strip().rsplit("Refused: ")[-1]) from None
 
 
 def train_batches(data, seed, epoch, batch_size, machine, start=0):
@@ -375,7 +395,8 @@ def fast_bf16(device):
 
 def machine_flags(flags):
     """The flags with which train.py, prune.py and retrain.py say where and how to compute."""
-    flags.add_argument("--data-dir", help="where the images are (default: data, or as in the checkpoint)")
+    flags.add_argument("--data-dir", type=schedules.path,
+                       help="where the images are (default: data, or as in the checkpoint)")
     flags.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
     flags.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                        help="auto: bf16 autocast where the hardware has it")
@@ -402,13 +423,16 @@ def the_machine(args):
     name = args.device
     if name == "auto":
         name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise Refused(f"argument --device: {name!r} is not supported; try auto, cpu or cuda")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise Refused(f"argument --device: {name!r} is not here; try auto or cpu") from None
-    if device.type not in ("cpu", "cuda"):
-        raise Refused(f"argument --device: {name!r} is not supported; try auto, cpu or cuda")
+    if device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc hands every large tensor's memory back and faults it in again: a tenth of a step.
+        libc.mallopt(-3, 32 << 20), libc.mallopt(-1, 2 ** 31 - 1)      # M_MMAP_, M_TRIM_THRESHOLD
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not args.deterministic
@@ -503,13 +527,18 @@ def fit(network, data, schedule, settings, machine, state_path, *, resume=False,
     device, first_epoch, first_step, curve, before = machine.device, 0, 0, [], 0.0
     losses = torch.zeros(steps, dtype=torch.float64, device=device)
     hits = torch.zeros((), dtype=torch.int64, device=device)
+    identity = fingerprint(data)
     if resume and os.path.exists(state_path):
         state = models.read(state_path, "state")
-        same_run(settings, state["settings"], state_path)
-        network.load_state_dict(state["model"])
+        same_run({**settings, "data": identity},
+                 {**state["settings"], "data": state["data"]}, state_path)
+        try:
+            network.load_state_dict(state["model"])
+            losses.copy_(state["losses"]), hits.copy_(state["hits"])
+        except RuntimeError:
+            raise Refused(f"{state_path}: its tensors do not fit this run; remove it") from None
         momentum, curve, before = state["momentum"], state["curve"], state["seconds"]
         first_epoch, first_step = state["epoch"], state["step"]
-        losses, hits = state["losses"].to(device), state["hits"].to(device)
         say(f"resuming {state_path} at epoch {first_epoch + 1}, step {first_step}")
     network.to(device, memory_format=torch.channels_last)
     optimizer = optimizer_of(network, settings["weight_decay"], momentum)
@@ -531,15 +560,20 @@ def fit(network, data, schedule, settings, machine, state_path, *, resume=False,
             held = {n: optimizer.state[p]["momentum_buffer"] for n, p in network.named_parameters()
                     if optimizer.state[p].get("momentum_buffer") is not None}
             models.save(path, {
-                "kind": "state", "settings": settings, "epoch": epoch, "step": step, "curve": curve,
+                "kind": "state", "settings": settings, "data": identity, "epoch": epoch,
+                "step": step, "curve": curve,
                 "model": dict(network.state_dict()), "momentum": held, "losses": losses, "hits": hits,
                 "seconds": before + time.perf_counter() - start})
 
     def check_finite(epoch, until):
         bad = (~losses[:until].isfinite()).nonzero()
-        if len(bad):
-            raise Refused(f"the loss is not finite at epoch {epoch + 1}, step {int(bad[0]) + 1}: a "
-                          f"smaller --lr may help; {state_path} still holds the last good state")
+        # The last step's loss is from before its update, so that the tensors are looked at too.
+        sound = all(v.isfinite().all() for v in network.state_dict().values())
+        if len(bad) or not sound:
+            what, step = ("loss is", int(bad[0]) + 1) if len(bad) else ("weights are", until)
+            kept = f"; {state_path} holds the last good state" * os.path.exists(state_path)
+            raise Refused(f"the {what} not finite at epoch {epoch + 1}, step {step}: a smaller --lr may "
+                          f"help{kept}")
 
     with interruptible() as signals:
         for epoch in range(first_epoch, epochs):
@@ -729,11 +763,19 @@ def summary(network, side):
 
 
 def check_batch(network, data, batch_size):
-    """Batch norm on a Linear layer (VGG) cannot train on one sample."""
-    if len(data.train[1]) % batch_size == 1 and any(
-            isinstance(m, torch.nn.BatchNorm1d) for m in network.modules()):
-        raise Refused(f"argument --batch-size: {len(data.train[1])} images in batches of {batch_size} "
-                      "leave a last batch of one, on which VGG's batch norm cannot train")
+    """Refuse images that the network cannot take, and a last batch of one where its batch norm would
+    have one value for each channel (VGG's Linear layers; small images): that cannot train."""
+    count = len(data.train[1])
+    shadow = copy.deepcopy(network).to("meta")
+    for size in {min(count, batch_size), count % batch_size or batch_size}:
+        try:
+            shadow(torch.empty(size, 3, data.side, data.side, device="meta"))
+        except ValueError:
+            raise Refused(f"argument --batch-size: {count} images in batches of {batch_size} leave a "
+                          "last batch of one, on which this network's batch norm cannot train") from None
+        except RuntimeError:
+            raise Refused(f"argument --arch: this network cannot take images of {data.side} x "
+                          f"{data.side} pixels") from None
 
 
 def evaluate_file(args, machine):
@@ -829,7 +871,7 @@ def main(argv=None):
     flags.add_argument("--dataset", choices=RECIPES, default="shapes")
     flags.add_argument("--arch", default="resnet8", help="resnet8, resnet20 … (6n+2), vgg16, "
                        "resnet18, resnet34, resnet50 (torchvision's)")
-    flags.add_argument("--epochs", type=number(int, 0), metavar="T")
+    flags.add_argument("--epochs", type=number(int, 0, 1e6), metavar="T")
     flags.add_argument("--batch-size", type=number(int, 2), metavar="B")
     flags.add_argument("--schedule", choices=schedules.DENSE, help="of the dense run (default step)")
     schedules.recipe_flags(flags)
@@ -838,13 +880,15 @@ def main(argv=None):
     flags.add_argument("--val-size", type=number(int, 0), default=0,
                        help="hold out so many training images and report them too")
     flags.add_argument("--seed", type=number(int, 0), default=0)
-    flags.add_argument("--out", metavar="DIR", help="default: runs/<dataset>-<arch>-s<seed>")
+    flags.add_argument("--out", type=schedules.path, metavar="DIR",
+                       help="default: runs/<dataset>-<arch>-s<seed>")
     flags.add_argument("--pretrained", action="store_true",
                        help="start from torchvision's V1 weights (--epochs 0: only evaluate and write)")
     flags.add_argument("--snapshot-every", type=number(int, 1), metavar="K",
                        help="keep the weights K, 2K, … epochs before the end, for weight rewinding "
                             "(default T/18: the paper's budgets)")
-    flags.add_argument("--evaluate", metavar="CHECKPOINT", help="only evaluate this file")
+    flags.add_argument("--evaluate", type=schedules.path, metavar="CHECKPOINT",
+                       help="only evaluate this file")
     flags.add_argument("--benchmark", action="store_true", help="only measure the speed of a step")
     loop_flags(flags)
     machine_flags(flags)
