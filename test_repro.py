@@ -789,30 +789,33 @@ def test_finetune_at_several_budgets_is_one_run(tmp_path):
     assert rows[2]["curve"] == curve == rows[3]["curve"][:2] and rows[2]["epochs"] == 2
 
 
-def test_torchrun_computes_what_one_process_computes(tmp_path):
+def test_torchrun_computes_what_one_process_computes(tmp_path, monkeypatch):
     """Two processes, gloo: losses of five one-step epochs, test counts, and one set of files.
 
     Batch norm uses its running statistics here (a patch in the driver), because each process would see
     only its own half of the batch: so the statistics are the same in both runs, as the claim wants."""
+    def frozen(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
     driver = tmp_path / "driver.py"
     driver.write_text(
         f"import sys; sys.path.insert(0, {HERE!r})\n"
-        "import torch, schedules, train\n"
-        "def frozen(self, x):\n"
-        "    return torch.nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)\n"
-        "torch.nn.BatchNorm2d.forward = frozen\n"
+        "import schedules, torch, train\n"
+        "torch.nn.BatchNorm2d.forward = lambda self, x: torch.nn.functional.batch_norm(\n"
+        "    x, self.running_mean, self.running_var, self.weight, self.bias)\n"
         "schedules.command(lambda: train.main(sys.argv[1:]))\n")
     image_folder(tmp_path / "data", count=14)
     argv = ["--dataset", "folder", "--batch-size", "42", "--epochs", "5", "--precision", "fp32",
-            "--lr", "0.01"]
-    curves = []
-    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2",
-                                                 "--master-port", "29531"])):
-        done = subprocess.run([sys.executable, *launcher, str(driver), *argv, "--out", name], cwd=tmp_path,
-                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Wrote") == 1
-        curves.append(torch.load(tmp_path / name / "dense.pt")["curve"])
+            "--lr", "0.01", "--data-dir", str(tmp_path / "data")]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.BatchNorm2d, "forward", frozen)
+        assert run(train, *argv, "--out", tmp_path / "one") == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531",
+         str(driver), *argv, "--out", str(tmp_path / "two")],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Wrote") == 1
+    curves = [torch.load(tmp_path / name / "dense.pt")["curve"] for name in ("one", "two")]
     for one, two in zip(*curves):
         assert one["train_loss"] == pytest.approx(two["train_loss"], abs=1e-4)
         assert one["test_accuracy"] == two["test_accuracy"]
