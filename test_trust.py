@@ -102,6 +102,7 @@ def dense_flags(out):
 
 def arm_of(folder, name, pruned):
     """The command line (main, flag, …) of an arm: "dense", or a schedule and what to retrain."""
+    folder.mkdir(exist_ok=True)
     if name == "dense":
         (folder / "data").is_symlink() or (folder / "data").symlink_to(study() / "data")
         return ["train", *dense_flags(folder / "run")]
@@ -452,7 +453,7 @@ def test_a_full_disk_under_the_output_is_one_line():
 def test_a_run_that_diverges_stops_with_its_last_good_state(tmp_path, what, step):
     """Non-finite numbers are never saved: neither behind a bad loss, nor when the very last step, whose
     loss was still good, broke the weights."""
-    real, seen = train.train_step, []
+    argv, real, seen = arm_of(tmp_path, "dense", None), train.train_step, []
 
     def train_step(forward, optimizer, x, y, *rest):
         seen.append(len(seen))
@@ -463,14 +464,14 @@ def test_a_run_that_diverges_stops_with_its_last_good_state(tmp_path, what, step
         return out
     train.train_step = train_step
     try:
-        status, _, err = call(*arm_of(tmp_path, "dense", None))
+        status, _, err = call(*argv)
     finally:
         train.train_step = real
     assert status == 2 and err.count("\n") == 1
     assert f"the {what}" in err and f"at epoch 2, step {step - 4}" in err and "dense.state.pt" in err
     assert models.read(tmp_path / "run" / "dense.state.pt")["epoch"] == 1     # finite: read checks it
     assert not (tmp_path / "run" / "dense.pt").exists()
-    assert call(*arm_of(tmp_path, "dense", None), "--resume")[0] == 0
+    assert call(*argv, "--resume")[0] == 0
     assert differing(uninterrupted("dense", None), content(tmp_path / "run")) == []
 
 
