@@ -255,10 +255,10 @@ def run(args):
     machine = train.the_machine(args)
     made = {}              # written when all is done: what is refused half way leaves nothing behind
     for source, checkpoint in zip(sources, checkpoints):
+        network = models.restore(checkpoint, source)
         data = train.load_data(checkpoint["recipe"], args.data_dir or checkpoint["data_dir"],
                                machine.device, args.dry_run, checkpoint,
                                training=any(m in NEED_DATA for m in args.method))
-        network = models.restore(checkpoint, source)
         say(f"{source}: test {train.evaluate(network.to(machine.device), data, machine):.2f} %, "
             f"{train.summary(network, data.side)}")
         for method in args.method:
