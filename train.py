@@ -12,6 +12,7 @@ learning rate is a function of the step, so a resumed run needs nothing but coun
 """
 import copy
 import ctypes
+import functools
 import hashlib
 import itertools
 import math
@@ -286,11 +287,15 @@ def augment(padded, index, crop, flip):
 
 def normalise(x, data):
     """uint8 images -> float32, channels_last, with the data set's mean and std."""
-    scale = [1 / (255 * s) for s in data.std]
-    shift = [-m / s for m, s in zip(data.mean, data.std)]
-    x = x.to(torch.float32, memory_format=torch.channels_last)
-    view = (1, 3, 1, 1)
-    return x.mul_(x.new_tensor(scale).view(view)).add_(x.new_tensor(shift).view(view))
+    scale, shift = affine(tuple(data.mean), tuple(data.std), x.device)
+    return x.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift)
+
+
+@functools.cache
+def affine(mean, std, device):
+    """The two (1, 3, 1, 1) tensors of `normalise`, brought to the device once."""
+    scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
+    return tuple(torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (scale, shift))
 
 
 class Files(torch.utils.data.Dataset):
@@ -436,7 +441,6 @@ def the_machine(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not args.deterministic
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -571,7 +575,8 @@ def fit(network, data, schedule, settings, machine, state_path, *, resume=False,
         sound = all(v.isfinite().all() for v in network.state_dict().values())
         if len(bad) or not sound:
             what, step = ("loss is", int(bad[0]) + 1) if len(bad) else ("weights are", until)
-            kept = f"; {state_path} holds the last good state" * os.path.exists(state_path)
+            kept = (f" (in a new run: {state_path} holds the last good state of this one)"
+                    if os.path.exists(state_path) else "")
             raise Refused(f"the {what} not finite at epoch {epoch + 1}, step {step}: a smaller --lr may "
                           f"help{kept}")
 
@@ -832,7 +837,8 @@ def train(args):
     say(f"{args.arch} on {args.dataset} ({len(data.train[1])} training, {len(data.test[1])} test images, "
         f"{data.classes} classes): {summary(network, data.side)}; {machine.device}, "
         f"{settings['precision']}")
-    keep = range(recipe["epochs"] % args.snapshot_every, recipe["epochs"], args.snapshot_every)
+    every = args.snapshot_every or max(1, recipe["epochs"] // 18)
+    keep = range(recipe["epochs"] % every, recipe["epochs"], every)
     if machine.rank == 0:
         os.makedirs(folder, exist_ok=True)
     steps = math.ceil(len(data.train[1]) / recipe["batch_size"])
@@ -895,8 +901,6 @@ def main(argv=None):
     args = flags.parse_args(argv)
     if args.epochs == 0 and not args.pretrained:
         raise Refused("argument --epochs: 0 needs --pretrained")
-    total = args.epochs or RECIPES[args.dataset]["epochs"]
-    args.snapshot_every = args.snapshot_every or max(1, total // 18)
     train(args)
 
 
