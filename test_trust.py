@@ -481,9 +481,9 @@ def test_a_run_that_diverges_stops_with_its_last_good_state(tmp_path, what, step
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_real_process_stops_and_resumes(tmp_path, number):
     """What a cluster does: SIGTERM, and two seconds later it must be over."""
-    argv = [*arm_of(tmp_path, "dense", None)[1:], "--epochs", 400]
+    argv = [*arm_of(tmp_path, "dense", None)[1:], "--epochs", 60]
     process = start("train", *argv)
-    while not process.stdout.readline().startswith("   3/400"):
+    while not process.stdout.readline().startswith("   3/60"):
         pass
     began = time.monotonic()
     process.send_signal(number)
@@ -494,7 +494,7 @@ def test_a_real_process_stops_and_resumes(tmp_path, number):
     assert process.returncode == 0
     (tmp_path / "b").mkdir()
     alone = arm_of(tmp_path / "b", "dense", None)
-    assert call(*alone, "--epochs", 400)[0] == 0
+    assert call(*alone, "--epochs", 60)[0] == 0
     assert differing(content(tmp_path / "b" / "run"), content(tmp_path / "run")) == []
 
 
