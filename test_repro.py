@@ -923,6 +923,21 @@ def test_rounds_prune_and_retrain_in_one_call(tmp_path):
             assert row["sparsity"] == pytest.approx(1 - 0.7 ** row["round"])
 
 
+def test_pretrained_weights_come_with_the_recipe_that_made_them(tmp_path, monkeypatch):
+    """--epochs 0 trains nothing, but rewinding needs the T that the weights were trained for."""
+    network = models.build("resnet8", 3, seed=5)
+    monkeypatch.setattr(train, "pretrained", lambda arch, classes: network)
+    image_folder(tmp_path / "data", side=8)
+    with inside(tmp_path):
+        assert call("train", "--dataset", "folder", "--pretrained", "--epochs", 0, "--out", "a")[0] == 0
+        dense = models.read("a/dense.pt", "dense")
+        assert dense["recipe"]["epochs"] == 160 and dense["curve"] == []
+        assert models.digest(dense["model"]) == models.digest(models.build("resnet8", 3, 5).state_dict())
+        assert call("prune", "a/dense.pt", "--method", "taylor", "--calibration-images", 18)[0] == 0
+        assert call("retrain", "a/filters-taylor-0.5.pt", "--epochs", 1, "--schedule", "lr_rewind")[0] == 0
+        assert retrain.read_rows("a/results.jsonl")[0]["curve"][0]["lr"] == pytest.approx(0.001)
+
+
 def test_finetune_at_several_budgets_is_one_run(tmp_path):
     """Its longest run contains the shorter ones: the first epochs of the same curve."""
     data = tiny_data(16)

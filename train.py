@@ -745,6 +745,8 @@ def the_recipe(args):
     for key in ("schedule", "epochs", "batch_size", "lr", "momentum", "weight_decay", "milestones"):
         given = getattr(args, key)
         recipe[key] = base[key] if given is None else given
+    if args.epochs == 0:             # the weights are torchvision's, trained by this recipe
+        recipe["epochs"] = base["epochs"]
     if args.dry_run:
         recipe["epochs"], recipe["batch_size"] = min(recipe["epochs"], 2), min(recipe["batch_size"], 16)
     if args.milestones is None or args.dry_run:      # the recipe's drops, at the same shares of T
@@ -802,7 +804,7 @@ def pretrained(arch, classes):
                       f"for 1000 classes, not of {arch} for {classes}")
     try:
         return get_model(arch, weights="IMAGENET1K_V1")
-    except OSError as problem:
+    except (OSError, RuntimeError) as problem:
         raise Refused(f"argument --pretrained: the weights could not be downloaded ({problem})") from None
 
 
@@ -827,7 +829,8 @@ def train(args):
             return None
     if os.path.exists(state_path) and not args.resume:
         raise Refused(f"{state_path}: an interrupted run is here; --resume goes on with it")
-    network = models.build(args.arch, 10, recipe["seed"])        # refuses unknown names at once
+    with torch.device("meta"):
+        models.build(args.arch, 10)                  # refuses unknown names before data are loaded
     data_dir = args.data_dir or "data"
     data = load_data(recipe, data_dir, machine.device, args.dry_run)
     network = (pretrained(args.arch, data.classes) if args.pretrained
@@ -838,13 +841,16 @@ def train(args):
         f"{data.classes} classes): {summary(network, data.side)}; {machine.device}, "
         f"{settings['precision']}")
     every = args.snapshot_every or max(1, recipe["epochs"] // 18)
-    keep = range(recipe["epochs"] % every, recipe["epochs"], every)
+    keep = range(recipe["epochs"] % every, recipe["epochs"], every) if args.epochs != 0 else ()
     if machine.rank == 0:
         os.makedirs(folder, exist_ok=True)
     steps = math.ceil(len(data.train[1]) / recipe["batch_size"])
-    curve, seconds = fit(network, data, schedules.dense(recipe, steps), settings, machine, state_path,
-                         resume=args.resume, save_every=args.save_every, snapshots=keep)
-    accuracy = curve[-1]["test_accuracy"] if curve else evaluate(network, data, machine)
+    curve, seconds = [], 0.0
+    if args.epochs != 0:
+        curve, seconds = fit(network, data, schedules.dense(recipe, steps), settings, machine, state_path,
+                             resume=args.resume, save_every=args.save_every, snapshots=keep)
+    accuracy = (curve[-1]["test_accuracy"] if curve
+                else evaluate(network.to(machine.device), data, machine))
     if machine.rank == 0:
         models.save(target, {
             "kind": "dense", "arch": args.arch, "classes": data.classes, "side": data.side,
@@ -856,7 +862,7 @@ def train(args):
         if os.path.exists(state_path):
             os.remove(state_path)
     kept = f" and {len(keep)} snapshots for weight rewinding" if len(keep) else ""
-    say(f"test {accuracy:.2f} % after {recipe['epochs']} epochs, {seconds:.0f} s. Wrote {target}{kept}. "
+    say(f"test {accuracy:.2f} % after {len(curve)} epochs, {seconds:.0f} s. Wrote {target}{kept}. "
         f"Next: python prune.py {target}")
 
 
