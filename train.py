@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Train a dense network, and everything that retraining shares with it: data, loop, evaluation.
 
-    python train.py                                        # generated images, ResNet-8, a minute or two
-    python train.py --dataset cifar10 --arch resnet56      # the paper's recipe: 160 epochs
+    python train.py                                    # generated images, ResNet-8, a minute or two
+    python train.py --dataset cifar10 --arch resnet56  # the paper's recipe: 160 epochs
     torchrun --nproc-per-node 8 train.py --dataset imagenet --data-dir ILSVRC --arch resnet34
-    python train.py --benchmark --arch resnet56            # how fast is this machine?
+    python train.py --benchmark --arch resnet56        # how fast is this machine?
 
 There is one training loop (`fit`). Retraining a pruned network differs from dense training only in
 start weights, masks and schedule. Data order and augmentation are functions of (seed, epoch), the
@@ -34,8 +34,8 @@ import models
 import schedules
 from schedules import Refused, number
 
-# Dense recipes: CIFAR as He 2016 / Le & Hua 2021, ImageNet as torchvision's V1 weights. `retrain` is
-# the budget t that retrain.py takes unless told. shapes: small enough for a laptop.
+# Dense recipes: CIFAR as He 2016 / Le & Hua 2021, ImageNet as torchvision's V1 weights. `retrain`
+# is the budget t that retrain.py takes unless told. shapes: small enough for a laptop.
 CIFAR = {"schedule": "step", "epochs": 160, "batch_size": 64, "lr": 0.1, "milestones": [80, 120],
          "momentum": 0.9, "weight_decay": 1e-4, "retrain": 40}
 RECIPES = {
@@ -43,7 +43,8 @@ RECIPES = {
     "cifar10": CIFAR, "cifar100": CIFAR, "folder": CIFAR,
     "imagenet": {**CIFAR, "epochs": 90, "batch_size": 256, "milestones": [30, 60], "retrain": 45},
 }
-# The authors' normalisation; the std is not the per-pixel one (0.2470, 0.2435, 0.2616), kept as theirs.
+# The authors' normalisation; the std is not the per-pixel one (0.2470, 0.2435, 0.2616), kept as
+# theirs.
 CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PAD = 4             # black border around small images, out of which the crop is drawn
@@ -78,10 +79,11 @@ OUTLINES = (
 
 
 def shapes(count, seed):
-    """The generated data set: (images uint8 (count, 3, 32, 32), labels int64), a function of `seed`.
+    """The generated data set: (images uint8 (count, 3, 32, 32), labels int64), a function of
+    `seed`.
 
-    Ten outlines of random place, size, rotation and colour, on a smooth random background with small
-    distractors and noise.
+    Ten outlines of random place, size, rotation and colour, on a smooth random background with
+    small distractors and noise.
     """
     draw = np.random.default_rng((2021, seed))
     labels = np.arange(count) % 10
@@ -112,8 +114,9 @@ def shapes(count, seed):
 
 
 class Data(NamedTuple):
-    """A data set. A split is (images, labels): images are uint8 (n, 3, side, side) on the device, the
-    training ones with their black border, or a list of file paths if too large to keep there."""
+    """A data set. A split is (images, labels): images are uint8 (n, 3, side, side) on the device,
+    the training ones with their black border, or a list of file paths if too large to keep there.
+    """
     train: tuple
     test: tuple
     val: tuple          # held-out part of the training set; labels may be empty
@@ -137,7 +140,8 @@ def fingerprint(data):
 
 
 def balanced(labels, count, flag):
-    """`count` indices of `labels`, fixed and class-balanced (Refused, naming `flag`, if impossible)."""
+    """`count` indices of `labels`, fixed and class-balanced (Refused, naming `flag`, if
+    impossible)."""
     classes = int(labels.max()) + 1
     order = np.random.default_rng(0).permutation(len(labels))
     chosen = []
@@ -162,8 +166,8 @@ def folder_split(root, names):
             except FileNotFoundError as problem:
                 raise Refused(f"argument --data-dir: {problem}") from None
             return [p for p, _ in found.samples], np.array(found.targets), found.classes
-    raise Refused(f"argument --data-dir: {root} has no folder {' or '.join(names)} with a folder of "
-                  "images for each class")
+    raise Refused(f"argument --data-dir: {root} has no folder {' or '.join(names)} with a folder "
+                  "of images for each class")
 
 
 def decode(path):
@@ -181,16 +185,16 @@ def resident(paths):
         arrays = list(pool.map(lambda path: np.asarray(decode(path)), paths))
     for path, array in zip(paths, arrays):
         if array.shape != arrays[0].shape or array.shape[0] != array.shape[1]:
-            raise Refused(f"{path}: is {array.shape[1]} x {array.shape[0]} pixels; all images must be "
-                          f"square and of one size, like {paths[0]}")
+            raise Refused(f"{path}: is {array.shape[1]} x {array.shape[0]} pixels; all images must "
+                          f"be square and of one size, like {paths[0]}")
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
 def load_data(recipe, data_dir, device, dry_run=False, checkpoint=None, training=True):
     """The data set recipe["dataset"] with recipe["subset"] training images (None: all), as `Data`.
 
-    checkpoint: one whose classes, size and normalisation are to be used. training=False: only the test
-    images; needs a checkpoint.
+    checkpoint: one whose classes, size and normalisation are to be used. training=False: only the
+    test images; needs a checkpoint.
     Raises Refused where the folder, its images or the wanted sizes do not fit."""
     name, large = recipe["dataset"], False
     if name == "shapes":
@@ -212,8 +216,8 @@ def load_data(recipe, data_dir, device, dry_run=False, checkpoint=None, training
         labels, classes = [s[1] for s in splits], len(splits[0][2])
         odd = sorted(set(splits[0][2]) ^ set(splits[1][2]))
         if odd:               # as many, but others: the labels would be silently wrong
-            raise Refused(f"argument --data-dir: {data_dir} has other classes for training than for "
-                          f"test, {odd[0]!r} for one")
+            raise Refused(f"argument --data-dir: {data_dir} has other classes for training than "
+                          f"for test, {odd[0]!r} for one")
         large = max(decode(splits[0][0][0]).size) > LARGEST_RESIDENT
         fetch = [lambda i, p=p: [p[k] for k in i] if large else resident([p[k] for k in i])
                  for p, _, _ in splits]
@@ -239,11 +243,12 @@ def load_data(recipe, data_dir, device, dry_run=False, checkpoint=None, training
     y = [torch.from_numpy(labels[k][i]).to(device) for k, i in ((0, rest), (1, test), (0, val))]
     side = 224 if large else images[1].shape[-1]
     if images[0] is not None and not large and images[0].shape[-1] != side:
-        raise Refused(f"argument --data-dir: training images are {images[0].shape[-1]} pixels wide, "
-                      f"test images {side}")
+        raise Refused(f"argument --data-dir: training images are {images[0].shape[-1]} pixels "
+                      f"wide, test images {side}")
     if checkpoint and (classes, side) != (checkpoint["classes"], checkpoint["side"]):
-        raise Refused(f"argument --data-dir: {classes} classes of {side} pixels, but the checkpoint's "
-                      f"network knows {checkpoint['classes']} classes of {checkpoint['side']} pixels")
+        raise Refused(f"argument --data-dir: {classes} classes of {side} pixels, but the "
+                      f"checkpoint's network knows {checkpoint['classes']} classes of "
+                      f"{checkpoint['side']} pixels")
     if checkpoint:
         mean, std = checkpoint["mean"], checkpoint["std"]
     elif large:
@@ -299,8 +304,8 @@ def affine(mean, std, device):
 
 
 class Files(torch.utils.data.Dataset):
-    """Large images, decoded on the fly. Items are asked for as (index, seed), so that the random crop
-    is a function of the seed whichever worker draws it."""
+    """Large images, decoded on the fly. Items are asked for as (index, seed), so that the random
+    crop is a function of the seed whichever worker draws it."""
     def __init__(self, paths, labels, training):
         from torchvision.transforms import v2
         self.paths, self.labels = paths, labels.tolist()
@@ -330,7 +335,8 @@ def train_batches(data, seed, epoch, batch_size, machine, start=0):
 
     With several processes (torchrun) each takes every world-th sample of the same global batch.
     counted: how many of these samples this process answers for; weight: what its mean loss is
-    multiplied by so that DistributedDataParallel's mean over processes is the global batch's mean."""
+    multiplied by so that DistributedDataParallel's mean over processes is the global batch's mean.
+    """
     images, labels = data.train
     order, crop, flip = epoch_draws(seed, epoch, len(labels))
     parts, counted = [], []
@@ -350,17 +356,20 @@ def train_batches(data, seed, epoch, batch_size, machine, start=0):
     order, crop, flip = (t.to(machine.device) for t in (order, crop, flip))
     for part, counts in zip(parts, counted):
         index = order[part]
-        yield normalise(augment(images, index, crop[part], flip[part]), data), labels[index], *counts
+        yield (normalise(augment(images, index, crop[part], flip[part]), data), labels[index],
+               *counts)
 
 
 def calibration(data, count, seed, machine):
     """(images, labels): `count` training images without augmentation, chosen by `seed`."""
     images, labels = data.train
     if count > len(labels):
-        raise Refused(f"argument --calibration-images: {count}, but there are {len(labels)} for training")
+        raise Refused(f"argument --calibration-images: {count}, but there are {len(labels)} for "
+                      "training")
     chosen = torch.from_numpy(np.random.default_rng((11, seed)).permutation(len(labels))[:count])
     if isinstance(images, list):
-        x = torch.cat([x for x, _ in file_batches(data.train, chosen.split(64), seed, machine, False)])
+        batches = file_batches(data.train, chosen.split(64), seed, machine, False)
+        x = torch.cat([x for x, _ in batches])
     else:
         x = images[chosen.to(machine.device)][:, :, PAD:-PAD, PAD:-PAD]
     return normalise(x.to(machine.device), data), labels[chosen.to(machine.device)]
@@ -386,8 +395,9 @@ class Machine(NamedTuple):
 
 
 def fast_bf16(device):
-    """Is bfloat16 faster here? GPUs since Ampere, AMX, AMD's AVX-512-BF16 (twice the fp32 rate). Not
-    Intel's AVX-512-BF16 without AMX: there oneDNN's bf16 convs took 1.6 times as long as fp32 ones."""
+    """Is bfloat16 faster here? GPUs since Ampere, AMX, AMD's AVX-512-BF16 (twice the fp32 rate).
+    Not Intel's AVX-512-BF16 without AMX: there oneDNN's bf16 convs took 1.6 times as long as fp32
+    ones."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     try:
@@ -402,16 +412,19 @@ def machine_flags(flags):
     """The flags with which train.py, prune.py and retrain.py say where and how to compute."""
     flags.add_argument("--data-dir", type=schedules.path,
                        help="where the images are (default: data, or as in the checkpoint)")
-    flags.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
+    flags.add_argument("--device", default="auto",
+                       help="auto (a GPU if there is one), cpu, cuda, cuda:1")
     flags.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                        help="auto: bf16 autocast where the hardware has it")
     flags.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
                        help="torch.compile; auto: long runs on a GPU")
     flags.add_argument("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count() or 1),
                        help="processes that decode large images")
-    flags.add_argument("--deterministic", action="store_true", help="bitwise repeatable on a GPU too")
-    flags.add_argument("--dry-run", action="store_true", help="two steps an epoch, two epochs, 64 test "
-                       "images: everything is written in seconds, nothing is learned")
+    flags.add_argument("--deterministic", action="store_true",
+                       help="bitwise repeatable on a GPU too")
+    flags.add_argument("--dry-run", action="store_true",
+                       help="two steps an epoch, two epochs, 64 test images: everything is written "
+                            "in seconds, nothing is learned")
 
 
 def loop_flags(flags):
@@ -480,16 +493,17 @@ def evaluate(network, data, machine, split="test"):
 
 
 def wants_compile(machine, steps):
-    """Compiling costs half a minute or more. It should pay in long runs on a GPU, where a small network
-    waits for kernel launches (not measured yet); on a CPU it gains 3-13 %: only on request."""
+    """Compiling costs half a minute or more. It should pay in long runs on a GPU, where a small
+    network waits for kernel launches (not measured yet); on a CPU it gains 3-13 %: only on request.
+    """
     return machine.compile == "on" or machine.compile == "auto" and machine.cuda and steps >= 10_000
 
 
 def optimizer_of(network, weight_decay, momentum=None):
-    """Plain SGD, fused, weight decay on everything; `momentum`: {parameter name: buffer} to start from.
-    Learning rate and momentum are set at every step, from the schedule."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=weight_decay,
-                                fused=True)
+    """Plain SGD, fused, weight decay on everything; `momentum`: {parameter name: buffer} to start
+    from. Learning rate and momentum are set at every step, from the schedule."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9,
+                                weight_decay=weight_decay, fused=True)
     for name, parameter in network.named_parameters():
         if momentum:
             # Laid out as the parameter is: the fused kernel walks both memories side by side.
@@ -499,7 +513,8 @@ def optimizer_of(network, weight_decay, momentum=None):
 
 
 def train_step(forward, optimizer, x, y, machine, weight=1.0, masks=None):
-    """One step of SGD. Returns the loss and the number of right answers, both still on the device."""
+    """One step of SGD. Returns the loss and the number of right answers, both still on the device.
+    """
     with machine.autocast():
         out = forward(x)
     loss = F.cross_entropy(out.float(), y)
@@ -516,10 +531,10 @@ def fit(network, data, schedule, settings, machine, state_path, *, resume=False,
         masks=None, momentum=None, snapshots=()):
     """Train `network` in place: the one loop, for dense training and every retraining.
 
-    schedule: step -> (lr, momentum). settings: dict of plain values that define the run; of these the
-    loop uses epochs, batch_size, weight_decay, seed, and `resume` compares all. masks: {weight name:
-    bool tensor}, False stays exactly 0. momentum: {parameter name: buffer} to start from (weight
-    rewinding). snapshots: epochs before which the state is also kept, beside state_path.
+    schedule: step -> (lr, momentum). settings: dict of plain values that define the run; of these
+    the loop uses epochs, batch_size, weight_decay, seed, and `resume` compares all. masks: {weight
+    name: bool tensor}, False stays exactly 0. momentum: {parameter name: buffer} to start from
+    (weight rewinding). snapshots: epochs before which the state is also kept, beside state_path.
     state_path: what --resume reads, written after each epoch, every `save_every` steps, and on
     SIGTERM or SIGINT (then exits 143 or 130; a second signal exits at once).
     Returns (curve, seconds): a dict for each epoch, and the time spent in all sessions.
@@ -566,8 +581,8 @@ def fit(network, data, schedule, settings, machine, state_path, *, resume=False,
             models.save(path, {
                 "kind": "state", "settings": settings, "data": identity, "epoch": epoch,
                 "step": step, "curve": curve,
-                "model": dict(network.state_dict()), "momentum": held, "losses": losses, "hits": hits,
-                "seconds": before + time.perf_counter() - start})
+                "model": dict(network.state_dict()), "momentum": held, "losses": losses,
+                "hits": hits, "seconds": before + time.perf_counter() - start})
 
     def check_finite(epoch, until):
         bad = (~losses[:until].isfinite()).nonzero()
@@ -577,8 +592,8 @@ def fit(network, data, schedule, settings, machine, state_path, *, resume=False,
             what, step = ("loss is", int(bad[0]) + 1) if len(bad) else ("weights are", until)
             kept = (f" (in a new run: {state_path} holds the last good state of this one)"
                     if os.path.exists(state_path) else "")
-            raise Refused(f"the {what} not finite at epoch {epoch + 1}, step {step}: a smaller --lr may "
-                          f"help{kept}")
+            raise Refused(f"the {what} not finite at epoch {epoch + 1}, step {step}: a smaller "
+                          f"--lr may help{kept}")
 
     with interruptible() as signals:
         for epoch in range(first_epoch, epochs):
@@ -618,7 +633,8 @@ def fit(network, data, schedule, settings, machine, state_path, *, resume=False,
                     "train_accuracy": 100 * hits.item() / count,
                     **{f"{split}_accuracy": evaluate(network, data, machine, split)
                        for split in ("test", "val") if len(getattr(data, split)[1])}})
-                left = (time.perf_counter() - start) / (epoch + 1 - first_epoch) * (epochs - epoch - 1)
+                per_epoch = (time.perf_counter() - start) / (epoch + 1 - first_epoch)
+                left = per_epoch * (epochs - epoch - 1)
                 say("\r" * sys.stdout.isatty() + describe(curve[-1], epochs) +
                     f"  {speed:6.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
                 losses.zero_(), hits.zero_()
@@ -638,7 +654,8 @@ def describe(point, epochs):
 
 
 class interruptible:
-    """While inside, SIGTERM and SIGINT are noted in the list it yields; a second one exits at once."""
+    """While inside, SIGTERM and SIGINT are noted in the list it yields; a second one exits at once.
+    """
     def __enter__(self):
         self.seen, self.old = [], {}
 
@@ -673,7 +690,8 @@ def same_run(wanted, found, path):
 def matrix_peak(machine):
     """FLOP/s of the best of ten large matrix products in the precision of training."""
     n = 8192 if machine.cuda else 1024
-    a = torch.randn(n, n, device=machine.device, dtype=torch.bfloat16 if machine.bf16 else torch.float32)
+    a = torch.randn(n, n, device=machine.device,
+                    dtype=torch.bfloat16 if machine.bf16 else torch.float32)
     return 2 * n ** 3 / min(clock(lambda: a @ a, machine) for _ in range(10))
 
 
@@ -687,8 +705,9 @@ def clock(work, machine):
 
 
 def benchmark(args, machine, rounds=7, steps=10):
-    """train.py --benchmark: the training step with its data against the same step on one fixed batch, for
-    the dense network, one with a mask, and one with half of its filters. The two alternate; medians."""
+    """train.py --benchmark: the training step with its data against the same step on one fixed
+    batch, for the dense network, one with a mask, and one with half of its filters. The two
+    alternate; medians."""
     recipe = the_recipe(args)
     data = load_data(recipe, args.data_dir or "data", machine.device)
     size = recipe["batch_size"]
@@ -699,10 +718,12 @@ def benchmark(args, machine, rounds=7, steps=10):
     half = models.from_state(args.arch, data.classes, models.shrink(network.state_dict(), units, {
         u.conv: torch.arange(network.get_submodule(u.conv).out_channels // 2) for u in units}))
     peak = matrix_peak(machine)
-    say(f"{args.arch}, batch {size}, {'bf16' if machine.bf16 else 'fp32'}, {device_name(machine)}; matrix "
-        f"product peak {peak / 1e12:.2f} TFLOP/s\n\n| network | images/s | on one fixed batch | ratio | step, ms | "
-        "share of peak | peak memory, MiB |\n|---|---|---|---|---|---|---|")
-    for name, net in (("dense", network), ("masked", copy.deepcopy(network)), ("half the filters", half)):
+    say(f"{args.arch}, batch {size}, {'bf16' if machine.bf16 else 'fp32'}, {device_name(machine)}; "
+        f"matrix product peak {peak / 1e12:.2f} TFLOP/s\n\n"
+        "| network | images/s | on one fixed batch | ratio | step, ms | share of peak | "
+        "peak memory, MiB |\n|---|---|---|---|---|---|---|")
+    for name, net in (("dense", network), ("masked", copy.deepcopy(network)),
+                      ("half the filters", half)):
         net.to(machine.device, memory_format=torch.channels_last).train()
         optimizer, masks = optimizer_of(net, recipe["weight_decay"]), None
         if name == "masked":
@@ -719,7 +740,8 @@ def benchmark(args, machine, rounds=7, steps=10):
         fixed = next(batches)
         runs = [lambda: [train_step(forward, optimizer, *next(batches), machine, 1.0, masks)
                          for _ in range(steps)],
-                lambda: [train_step(forward, optimizer, *fixed, machine, 1.0, masks) for _ in range(steps)]]
+                lambda: [train_step(forward, optimizer, *fixed, machine, 1.0, masks)
+                         for _ in range(steps)]]
         runs[0]()
         times = [[clock(r, machine) for r in runs] for _ in range(rounds)]
         seconds, bound = (statistics.median(t) / steps for t in zip(*times))
@@ -727,8 +749,8 @@ def benchmark(args, machine, rounds=7, steps=10):
         memory = (torch.cuda.max_memory_allocated() if machine.cuda
                   else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 20
         work = 6 * models.count(net, data.side)[1] * size         # forward and twice that backward
-        say(f"| {name} | {size / seconds:.0f} | {size / bound:.0f} | {ratio:.3f} | {1000 * seconds:.1f} | "
-            f"{work / seconds / peak:.1%} | {memory:.0f} |")
+        say(f"| {name} | {size / seconds:.0f} | {size / bound:.0f} | {ratio:.3f} | "
+            f"{1000 * seconds:.1f} | {work / seconds / peak:.1%} | {memory:.0f} |")
 
 
 # ---- the dense run -------------------------------------------------------------------------------
@@ -738,7 +760,8 @@ def run_folder(args):
 
 
 def the_recipe(args):
-    """The settings of a dense run: the data set's recipe with what the command line says instead."""
+    """The settings of a dense run: the data set's recipe with what the command line says instead.
+    """
     base = RECIPES[args.dataset]
     recipe = {"dataset": args.dataset, "arch": args.arch, "seed": args.seed, "subset": args.subset,
               "val_size": args.val_size, "pretrained": args.pretrained, "dry_run": args.dry_run}
@@ -748,11 +771,13 @@ def the_recipe(args):
     if args.epochs == 0:             # the weights are torchvision's, trained by this recipe
         recipe["epochs"] = base["epochs"]
     if args.dry_run:
-        recipe["epochs"], recipe["batch_size"] = min(recipe["epochs"], 2), min(recipe["batch_size"], 16)
+        recipe["epochs"] = min(recipe["epochs"], 2)
+        recipe["batch_size"] = min(recipe["batch_size"], 16)
     if args.milestones is None or args.dry_run:      # the recipe's drops, at the same shares of T
         recipe["milestones"] = [m * recipe["epochs"] // base["epochs"] for m in base["milestones"]]
     elif recipe["schedule"] != "step":
-        raise Refused(f"argument --milestones: belongs to --schedule step, not {recipe['schedule']}")
+        raise Refused("argument --milestones: belongs to --schedule step, not "
+                      f"{recipe['schedule']}")
     elif sorted(set(recipe["milestones"])) != recipe["milestones"]:
         raise Refused("argument --milestones: must be ascending, each once")
     elif recipe["milestones"] and recipe["milestones"][-1] >= recipe["epochs"]:
@@ -770,16 +795,17 @@ def summary(network, side):
 
 
 def check_batch(network, data, batch_size):
-    """Refuse images that the network cannot take, and a last batch of one where its batch norm would
-    have one value for each channel (VGG's Linear layers; small images): that cannot train."""
+    """Refuse images that the network cannot take, and a last batch of one where its batch norm
+    would have one value for each channel (VGG's Linear layers; small images): that cannot train."""
     count = len(data.train[1])
     shadow = copy.deepcopy(network).to("meta")
     for size in {min(count, batch_size), count % batch_size or batch_size}:
         try:
             shadow(torch.empty(size, 3, data.side, data.side, device="meta"))
         except ValueError:
-            raise Refused(f"argument --batch-size: {count} images in batches of {batch_size} leave a "
-                          "last batch of one, on which this network's batch norm cannot train") from None
+            raise Refused(f"argument --batch-size: {count} images in batches of {batch_size} leave "
+                          "a last batch of one, on which this network's batch norm cannot "
+                          "train") from None
         except RuntimeError:
             raise Refused(f"argument --arch: this network cannot take images of {data.side} x "
                           f"{data.side} pixels") from None
@@ -800,12 +826,13 @@ def pretrained(arch, classes):
     with another recipe (80.86 against 76.13 %)."""
     from torchvision.models import get_model
     if arch not in models.IMAGENET or classes != 1000:
-        raise Refused(f"argument --pretrained: torchvision has weights of {', '.join(models.IMAGENET)} "
-                      f"for 1000 classes, not of {arch} for {classes}")
+        raise Refused("argument --pretrained: torchvision has weights of "
+                      f"{', '.join(models.IMAGENET)} for 1000 classes, not of {arch} for {classes}")
     try:
         return get_model(arch, weights="IMAGENET1K_V1")
     except (OSError, RuntimeError) as problem:
-        raise Refused(f"argument --pretrained: the weights could not be downloaded ({problem})") from None
+        raise Refused("argument --pretrained: the weights could not be downloaded "
+                      f"({problem})") from None
 
 
 def train(args):
@@ -823,8 +850,8 @@ def train(args):
         if not done["recipe"]["dry_run"]:            # a dry run may be overwritten, a real one not
             same_run(settings, done["settings"], target)
             if not args.resume:
-                raise Refused(f"{target}: this run is finished; --resume shows its result, --out names "
-                              "another folder")
+                raise Refused(f"{target}: this run is finished; --resume shows its result, --out "
+                              "names another folder")
             say(f"{target}: finished, test {done['test_accuracy']:.2f} %")
             return None
     if os.path.exists(state_path) and not args.resume:
@@ -837,8 +864,8 @@ def train(args):
                else models.build(args.arch, data.classes, recipe["seed"]))
     check_batch(network, data, recipe["batch_size"])
     counts = models.count(network, data.side)
-    say(f"{args.arch} on {args.dataset} ({len(data.train[1])} training, {len(data.test[1])} test images, "
-        f"{data.classes} classes): {summary(network, data.side)}; {machine.device}, "
+    say(f"{args.arch} on {args.dataset} ({len(data.train[1])} training, {len(data.test[1])} test "
+        f"images, {data.classes} classes): {summary(network, data.side)}; {machine.device}, "
         f"{settings['precision']}")
     every = args.snapshot_every or max(1, recipe["epochs"] // 18)
     keep = range(recipe["epochs"] % every, recipe["epochs"], every) if args.epochs != 0 else ()
@@ -847,8 +874,9 @@ def train(args):
     steps = math.ceil(len(data.train[1]) / recipe["batch_size"])
     curve, seconds = [], 0.0
     if args.epochs != 0:
-        curve, seconds = fit(network, data, schedules.dense(recipe, steps), settings, machine, state_path,
-                             resume=args.resume, save_every=args.save_every, snapshots=keep)
+        curve, seconds = fit(network, data, schedules.dense(recipe, steps), settings, machine,
+                             state_path, resume=args.resume, save_every=args.save_every,
+                             snapshots=keep)
     accuracy = (curve[-1]["test_accuracy"] if curve
                 else evaluate(network.to(machine.device), data, machine))
     if machine.rank == 0:
@@ -872,7 +900,8 @@ def device_name(machine):
         return torch.cuda.get_device_name(machine.device)
     try:
         with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+            names = [line.split(":", 1)[1].strip() for line in file
+                     if line.startswith("model name")]
         return f"{names[0]}, {torch.get_num_threads()} threads"
     except (OSError, IndexError):
         return "cpu"
@@ -885,17 +914,20 @@ def main(argv=None):
                        "resnet18, resnet34, resnet50 (torchvision's)")
     flags.add_argument("--epochs", type=number(int, 0, 1e6), metavar="T")
     flags.add_argument("--batch-size", type=number(int, 2), metavar="B")
-    flags.add_argument("--schedule", choices=schedules.DENSE, help="of the dense run (default step)")
+    flags.add_argument("--schedule", choices=schedules.DENSE,
+                       help="of the dense run (default step)")
     schedules.recipe_flags(flags)
     flags.add_argument("--weight-decay", type=number(float, 0))
-    flags.add_argument("--subset", type=number(int, 1), help="train on a fixed, class-balanced part")
+    flags.add_argument("--subset", type=number(int, 1),
+                       help="train on a fixed, class-balanced part")
     flags.add_argument("--val-size", type=number(int, 0), default=0,
                        help="hold out so many training images and report them too")
     flags.add_argument("--seed", type=number(int, 0), default=0)
     flags.add_argument("--out", type=schedules.path, metavar="DIR",
                        help="default: runs/<dataset>-<arch>-s<seed>")
     flags.add_argument("--pretrained", action="store_true",
-                       help="start from torchvision's V1 weights (--epochs 0: only evaluate and write)")
+                       help="start from torchvision's V1 weights (--epochs 0: only evaluate and "
+                            "write)")
     flags.add_argument("--snapshot-every", type=number(int, 1), metavar="K",
                        help="keep the weights K, 2K, … epochs before the end, for weight rewinding "
                             "(default T/18: the paper's budgets)")
