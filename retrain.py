@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Retrain pruned networks: start weights x learning-rate schedule, as many as wanted, one table.
 
-    python retrain.py                                      # the default run's pruned networks
+    python retrain.py                                  # the default run's pruned networks
     python retrain.py PRUNED.pt --schedule finetune one_cycle --epochs 40 72 --seed 0 1 2
-    python retrain.py PRUNED.pt --schedule slr --rounds 8  # iterative: retrain, prune again, retrain …
-    python retrain.py --report runs/A runs/B               # the report again, from the rows alone
+    python retrain.py PRUNED.pt --schedule slr --rounds 8
+                                                       # iterative: retrain, prune again, retrain …
+    python retrain.py --report runs/A runs/B           # the report again, from the rows alone
 
 A retraining is `train.fit` with other start weights (`start`) and another schedule
-(`schedules.retrain`); everything else comes from the dense run's recipe, so that all arms share batch
-size, weight decay, data order and budget. Each finished run adds one line to results.jsonl in its
-run folder, which says all that is needed to run it again; a run that is there is not repeated.
+(`schedules.retrain`); everything else comes from the dense run's recipe, so that all arms share
+batch size, weight decay, data order and budget. Each finished run adds one line to results.jsonl in
+its run folder, which says all that is needed to run it again; a run that is there is not repeated.
 """
 import argparse
 import contextlib
@@ -42,8 +43,9 @@ def start(schedule, epochs, checkpoint, folder, seed):
     """(network, momentum, masks) from which a variant starts.
 
     The pruned weights; for weight_rewind the dense run's weights, BN buffers and momentum at epoch
-    T - t, with the final weights' mask or filters (Renda 2020); for scratch a fresh initialisation of
-    the pruned shape (Liu 2019). masks: {weight name: bool}, the pruned network's non-zero weights."""
+    T - t, with the final weights' mask or filters (Renda 2020); for scratch a fresh initialisation
+    of the pruned shape (Liu 2019). masks: {weight name: bool}, the pruned network's non-zero
+    weights."""
     network = models.restore(checkpoint)
     masks, momentum = {}, None
     if checkpoint["pruning"]["structure"] == "weights":
@@ -69,9 +71,9 @@ def rewind_point(checkpoint, epochs, folder):
     if not os.path.exists(path):
         names = (re.fullmatch(r"epoch-(\d+)\.pt", name) for name in os.listdir(folder or "."))
         kept = sorted(int(name[1]) for name in names if name)
-        raise Refused(f"argument --schedule: weight_rewind with {epochs} epochs needs {path}, which was not "
-                      f"kept (kept epochs: {' '.join(map(str, kept)) or 'none'}); see train.py "
-                      "--snapshot-every")
+        raise Refused(f"argument --schedule: weight_rewind with {epochs} epochs needs {path}, "
+                      f"which was not kept (kept epochs: {' '.join(map(str, kept)) or 'none'}); "
+                      "see train.py --snapshot-every")
     snapshot = models.read(path, "state")
     train.same_run(checkpoint["settings"], snapshot["settings"], path)
     return snapshot
@@ -82,7 +84,9 @@ def budget(schedule, epochs, checkpoint):
     total = checkpoint["recipe"]["epochs"]
     if schedule == "scratch_e":
         return total + epochs
-    return int(total * checkpoint["dense_macs"] / checkpoint["macs"]) if schedule == "scratch_b" else epochs
+    if schedule == "scratch_b":
+        return int(total * checkpoint["dense_macs"] / checkpoint["macs"])
+    return epochs
 
 
 class Run:
@@ -104,7 +108,8 @@ class Run:
             "batch_size": recipe["batch_size"], "weight_decay": recipe["weight_decay"],
             "subset": recipe["subset"], "val_size": recipe["val_size"],
             "precision": "bf16" if machine.bf16 else "fp32", "dry_run": dry or recipe["dry_run"]}
-        self.id = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+        text = json.dumps(self.settings, sort_keys=True)
+        self.id = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.name = f"{os.path.basename(path)[:-3]}-{schedule}-t{self.epochs}-s{seed}-{self.id[:6]}"
         self.target = os.path.join(self.folder, self.name + ".pt")
         self.state = os.path.join(self.folder, self.name + ".state.pt")
@@ -113,26 +118,31 @@ class Run:
 
     def schedule(self, steps):
         s, c = self.settings, self.checkpoint
-        return schedules.retrain(s["schedule"], s["epochs"], steps, c["recipe"], s["lr"], s["end_lr"],
-                                 s["cycle_momentum"] is not False, c["distance"], c["removed"])
+        return schedules.retrain(s["schedule"], s["epochs"], steps, c["recipe"], s["lr"],
+                                 s["end_lr"], s["cycle_momentum"] is not False, c["distance"],
+                                 c["removed"])
 
     def rows(self, curve, seconds, machine, budgets):
-        """The result rows: one, or for finetune one for each budget that the longest run contains."""
+        """The result rows: one, or for finetune one for each budget that the longest run contains.
+        """
         c, pruning = self.checkpoint, self.checkpoint["pruning"]
         sparsity = pruning["sparsity"]
         for t in budgets:
             part = curve[:t] if self.settings["schedule"] == "finetune" else curve
             settings = {**self.settings, "budget": t, "epochs": len(part)}
+            text = json.dumps(settings, sort_keys=True)
             yield {
-                "run": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16],
+                "run": hashlib.sha256(text.encode()).hexdigest()[:16],
                 "dataset": c["recipe"]["dataset"], "arch": c["arch"], "method": pruning["method"],
-                "structure": pruning["structure"], "plan": pruning["plan"], "scope": pruning["scope"],
+                "structure": pruning["structure"], "plan": pruning["plan"],
+                "scope": pruning["scope"],
                 "sparsity": sparsity[0] if len(sparsity) == 1 else sparsity or None,
                 "pruning_seed": pruning["seed"], "include_linear": pruning["include_linear"],
                 "calibration_images": pruning["calibration_images"], **settings,
                 "test_accuracy": part[-1]["test_accuracy"],
                 "dense_test_accuracy": c["dense_test_accuracy"],
-                "pruned_test_accuracy": c["test_accuracy"], "params": c["params"], "macs": c["macs"],
+                "pruned_test_accuracy": c["test_accuracy"],
+                "params": c["params"], "macs": c["macs"],
                 "nonzero": sum((v != 0).sum().item() for n, v in c["model"].items()
                                if n.endswith((".weight", ".bias"))),
                 "dense_params": c["dense_params"], "dense_macs": c["dense_macs"], "curve": part,
@@ -165,8 +175,9 @@ _locks = {}
 MAYBE = (*models.REAL, type(None))
 ROW = {"run": str, "dataset": str, "arch": str, "method": str, "structure": str, "scope": str,
        "plan": (str, type(None)), "sparsity": (float, list, type(None)), "include_linear": bool,
-       "dense": str, "round": int, "schedule": set(EVERY), "budget": int, "epochs": int, "seed": int,
-       "lr": MAYBE, "end_lr": MAYBE, "cycle_momentum": (bool, type(None)), "dry_run": bool,
+       "dense": str, "round": int, "schedule": set(EVERY), "budget": int, "epochs": int,
+       "seed": int, "lr": MAYBE, "end_lr": MAYBE, "cycle_momentum": (bool, type(None)),
+       "dry_run": bool,
        "test_accuracy": models.REAL, "dense_test_accuracy": models.REAL, "params": int, "macs": int,
        "nonzero": int, "dense_params": int, "dense_macs": int, "curve": [models.POINT],
        "seconds": models.REAL, "device": str, "torch": str, "recipe": models.RECIPE,
@@ -174,8 +185,9 @@ ROW = {"run": str, "dataset": str, "arch": str, "method": str, "structure": str,
 
 
 def lock(folder, name, wait):
-    """Take (True) or fail to take (False) the lock `name` of a run folder; it ends with the process or
-    with `unlock`. POSIX record locks on one hidden file: nothing is left behind by a killed process."""
+    """Take (True) or fail to take (False) the lock `name` of a run folder; it ends with the process
+    or with `unlock`. POSIX record locks on one hidden file: nothing is left behind by a killed
+    process."""
     if folder not in _locks:
         _locks[folder] = open(os.path.join(folder, ".lock"), "a+b")
     at = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
@@ -218,7 +230,8 @@ def results(folder):
 
 
 def append(path, rows):
-    """Add the rows that are not there yet, whole lines or nothing, while other processes do the same."""
+    """Add the rows that are not there yet, whole lines or nothing, while other processes do the
+    same."""
     with results(os.path.dirname(path)):
         there = {row["run"] for row in read_rows(path)}
         lines = "".join(json.dumps(row) + "\n" for row in rows if row["run"] not in there).encode()
@@ -236,7 +249,7 @@ def append(path, rows):
                 raise
 
 
-# ---- the table and the report ---------------------------------------------------------------------
+# ---- the table and the report --------------------------------------------------------------------
 
 def amount(row):
     """What was pruned, without the method: rows that agree in it can be compared."""
@@ -276,24 +289,27 @@ def in_order(arms):
 
 def table(rows):
     """Markdown: a line for each pruned network and budget, a column for each schedule."""
+    def setting(r):
+        return amount(r), r["method"], r["budget"]
     lines = []
     for (dataset, arch), part in group(rows, lambda r: (r["dataset"], r["arch"])).items():
         arms = in_order({arm(r) for r in part})
         dense = spread(list({r["dense"]: r["dense_test_accuracy"] for r in part}.values()))
-        lines += [f"**{arch} on {dataset}**, dense {dense}; last-epoch test accuracy in %, mean ± sd (n), "
-                  "below it the difference to the dense network in pp.", "",
+        lines += [f"**{arch} on {dataset}**, dense {dense}; last-epoch test accuracy in %, "
+                  "mean ± sd (n), below it the difference to the dense network in pp.", "",
                   "| pruned | method | params / MACs left | t | " + " | ".join(arms) + " |",
                   "|---" * (4 + len(arms)) + "|"]
-        for (what, method, t), same in group(sorted(part, key=lambda r: (amount(r), r["method"], r["budget"])),
-                                             lambda r: (amount(r), r["method"], r["budget"])).items():
+        for (what, method, t), same in group(sorted(part, key=setting), setting).items():
             left = same[0]["nonzero"] if same[0]["structure"] == "weights" else same[0]["params"]
             cells = []
             for name in arms:
                 mine = [r for r in same if arm(r) == name]
-                gain = np.mean([r["test_accuracy"] - r["dense_test_accuracy"] for r in mine]) if mine else 0
-                cells.append(f"{spread([r['test_accuracy'] for r in mine])}<br>{gain:+.2f}" if mine else "–")
+                gains = [r["test_accuracy"] - r["dense_test_accuracy"] for r in mine]
+                cells.append(f"{spread([r['test_accuracy'] for r in mine])}<br>"
+                             f"{np.mean(gains):+.2f}" if mine else "–")
             lines.append(f"| {what} | {method} | {left / same[0]['dense_params']:.0%} / "
-                         f"{same[0]['macs'] / same[0]['dense_macs']:.0%} | {t} | " + " | ".join(cells) + " |")
+                         f"{same[0]['macs'] / same[0]['dense_macs']:.0%} | {t} | "
+                         + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
@@ -314,7 +330,8 @@ def interval(values):
 
 
 def verdict(values, sign=1):
-    """Is the mean of `values` (paired differences, pp) above 0 (sign 1), below (-1), or equal (0)?"""
+    """Is the mean of `values` (paired differences, pp) above 0 (sign 1), below (-1), or equal (0)?
+    """
     if not values:
         return "not decided, an arm is missing"
     mean, half = interval(values)
@@ -329,7 +346,8 @@ def verdict(values, sign=1):
 
 
 def paired(rows, one, other):
-    """Differences in accuracy between two arms (method, schedule), paired over (dense run, seed)."""
+    """Differences in accuracy between two arms (method, schedule), paired over (dense run, seed).
+    """
     def accuracies(choice):
         method, schedule = choice
         return {(r["dense"], r["pruning_seed"], r["seed"]): r["test_accuracy"] for r in rows
@@ -363,24 +381,28 @@ def claims(rows):
             signs += [np.mean(gain) > 0] if gain else []
             for rival in ("lr_rewind", "weight_rewind", "slr"):
                 say_it(f"C2 CLR > {rival} ({m})", (m, "one_cycle"), (m, rival))
-            by_budget = {t: {(r["dense"], r["seed"]): r["test_accuracy"] for r in same if r["method"] == m
-                             and arm(r) == "finetune"} for t, same in sorted(budgets.items())}
+            by_budget = {t: {(r["dense"], r["seed"]): r["test_accuracy"] for r in same
+                             if r["method"] == m and arm(r) == "finetune"}
+                         for t, same in sorted(budgets.items())}
             by_budget = {t: found for t, found in by_budget.items() if found}
             if len(by_budget) > 1:
                 (low, short), *_, (high, long) = by_budget.items()
-                lines.append(f"| C3 FT does not gain from t={low} to {high} ({m}) | {arch} {what} | "
-                             f"{verdict([long[k] - short[k] for k in long if k in short], 0)} |")
+                gains = [long[k] - short[k] for k in long if k in short]
+                lines.append(f"| C3 FT does not gain from t={low} to {high} ({m}) | {arch} {what} "
+                             f"| {verdict(gains, 0)} |")
             for name in ("one_cycle", "finetune"):
                 longest = [r for r in part if r["method"] == m and arm(r) == name]
                 longest = [r for r in longest if r["budget"] == max(q["budget"] for q in longest)]
-                lines.append(f"| C4 {name} {'≥' if name == 'one_cycle' else '<'} dense ({m}) | {arch} {what} | " +
-                             verdict([r["test_accuracy"] - r["dense_test_accuracy"] for r in longest],
-                                     1 if name == "one_cycle" else -1) + " |")
+                gains = [r["test_accuracy"] - r["dense_test_accuracy"] for r in longest]
+                relation, sign = ("≥", 1) if name == "one_cycle" else ("<", -1)
+                lines.append(f"| C4 {name} {relation} dense ({m}) | {arch} {what} | "
+                             f"{verdict(gains, sign)} |")
             for t, same in budgets.items():
                 recipe = same[0]["recipe"]
                 if recipe["milestones"] and t <= recipe["epochs"] - recipe["milestones"][-1]:
+                    gains = paired(same, (m, "lr_rewind"), (m, "finetune"))
                     lines.append(f"| C5 LRW ≡ FT at t={t} ({m}) | {arch} {what} | "
-                                 + verdict(paired(same, (m, "lr_rewind"), (m, "finetune")), 0) + " |")
+                                 f"{verdict(gains, 0)} |")
         for m in methods:
             if m == "random" or not any(r["method"] == "random" for r in part):
                 continue
@@ -392,8 +414,8 @@ def claims(rows):
             lines.append(f"| C7 the gap shrinks from FT to CLR ({m}) | {arch} {what} | "
                          f"{verdict([f - c for f, c in pairs])} |")
     if signs:
-        lines.append(f"| C8 CLR − FT > 0 everywhere | all | {sum(signs)} of {len(signs)} settings have a "
-                     "positive mean |")
+        lines.append(f"| C8 CLR − FT > 0 everywhere | all | {sum(signs)} of {len(signs)} settings "
+                     "have a positive mean |")
     return "\n".join(lines) + "\n"
 
 
@@ -413,18 +435,20 @@ def chart(title, x_title, xs, y_title, series):
     palette = ", ".join(list(COLOURS.values())[:len(series)])
     axis = ", ".join(f'"{x}"' for x in xs)
     return "\n".join([f"{title}: {legend}.", "", "```mermaid",
-                      '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "' + palette + '"}}}}%%',
+                      '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "'
+                      + palette + '"}}}}%%',
                       "xychart-beta", f'    x-axis "{x_title}" [{axis}]',
                       f'    y-axis "{y_title}" {low:.4g} --> {high + margin:.4g}',
-                      *(f"    line [{', '.join(f'{y:.5g}' for y in line)}]" for line in series.values()),
+                      *(f"    line [{', '.join(f'{y:.5g}' for y in line)}]"
+                        for line in series.values()),
                       "```", ""])
 
 
 def charts(rows):
     """The pictures of a report: learning rates, accuracy by epoch, by budget and by sparsity."""
     parts = []
-    for (dataset, arch, recipe), mine in group(
-            rows, lambda r: (r["dataset"], r["arch"], json.dumps(r["recipe"], sort_keys=True))).items():
+    for (dataset, arch, recipe), mine in group(rows, lambda r: (
+            r["dataset"], r["arch"], json.dumps(r["recipe"], sort_keys=True))).items():
         t = max(r["budget"] for r in mine)
         longest = group([r for r in mine if r["budget"] == t], arm)
         steps = 40                                 # enough to draw it
@@ -432,36 +456,44 @@ def charts(rows):
         for name in in_order(longest):
             r = longest[name][0]
             if r["epochs"] == t:
-                at = schedules.retrain(r["schedule"], t, steps, json.loads(recipe), r["lr"], r["end_lr"],
-                                       r["cycle_momentum"] is not False, r["distance"], r["removed"])
+                at = schedules.retrain(r["schedule"], t, steps, json.loads(recipe), r["lr"],
+                                       r["end_lr"], r["cycle_momentum"] is not False,
+                                       r["distance"], r["removed"])
                 curves[name] = [at(e * steps)[0] for e in range(t)]
         if curves:
-            parts.append(chart(f"Learning rate at the start of each epoch, {arch} on {dataset}, t = {t}",
-                               "epoch", range(t), "learning rate", curves))
-        for (what, method), same in group([r for r in mine if r["budget"] == t and r["epochs"] == t],
-                                          lambda r: (amount(r), r["method"])).items():
+            parts.append(chart(f"Learning rate at the start of each epoch, {arch} on {dataset}, "
+                               f"t = {t}", "epoch", range(t), "learning rate", curves))
+        for (what, method), same in group(
+                [r for r in mine if r["budget"] == t and r["epochs"] == t],
+                lambda r: (amount(r), r["method"])).items():
             found = group(same, arm)
             if t > 1:
                 parts.append(chart(
-                    f"Test accuracy after each epoch, {arch} on {dataset}, {what}, {method}, t = {t}", "epoch",
-                    range(1, t + 1), "test accuracy (%)",
-                    {name: np.mean([[p["test_accuracy"] for p in r["curve"]] for r in found[name]], 0)
+                    f"Test accuracy after each epoch, {arch} on {dataset}, {what}, {method}, "
+                    f"t = {t}", "epoch", range(1, t + 1), "test accuracy (%)",
+                    {name: np.mean([[p["test_accuracy"] for p in r["curve"]]
+                                    for r in found[name]], 0)
                      for name in in_order(found)}))
         for (what, method), same in group(mine, lambda r: (amount(r), r["method"])).items():
-            parts += means_chart(same, "budget", f"by budget, {arch} on {dataset}, {what}, {method}", "epochs")
+            parts += means_chart(same, "budget",
+                                 f"by budget, {arch} on {dataset}, {what}, {method}", "epochs")
         plain = [r for r in mine if isinstance(r["sparsity"], float) and r["budget"] == t]
-        for (structure, method), same in group(plain, lambda r: (r["structure"], r["method"])).items():
-            parts += means_chart(same, "sparsity", f"by sparsity, {arch} on {dataset}, {structure}, {method}, "
+        for (structure, method), same in group(
+                plain, lambda r: (r["structure"], r["method"])).items():
+            parts += means_chart(same, "sparsity",
+                                 f"by sparsity, {arch} on {dataset}, {structure}, {method}, "
                                  f"t = {t}", "sparsity")
     return "\n".join(parts)
 
 
 def means_chart(rows, key, title, x_title):
-    """A chart of mean accuracy against row[key], of the arms that have every value; none if one value."""
+    """A chart of mean accuracy against row[key], of the arms that have every value; none if one
+    value."""
     xs = sorted({r[key] for r in rows})
     means = {name: {x: [r["test_accuracy"] for r in same if r[key] == x] for x in xs}
              for name, same in group(rows, arm).items()}
-    whole = {n: [np.mean(means[n][x]) for x in xs] for n in in_order(means) if all(means[n].values())}
+    whole = {n: [np.mean(means[n][x]) for x in xs] for n in in_order(means)
+             if all(means[n].values())}
     if len(xs) == 1 or not whole:
         return []
     return [chart("Test accuracy " + title, x_title, xs, "test accuracy (%)", whole)]
@@ -473,9 +505,10 @@ def report(rows):
     seconds = sum(r["seconds"] for r in rows)
     return "\n".join([
         "# Report", "", f"{len(rows)} retrainings, {seconds / 60:.0f} minutes; "
-        f"{', '.join(sorted({r['device'] for r in rows}))}; torch {first['torch']}.", "", table(rows),
-        "## Claims", "", "Paired over seeds; the interval is Student's t at 95 %, each claim by itself: of "
-        "twenty undecided ones, one will look decided by chance.", "", claims(rows), "## Pictures", "",
+        f"{', '.join(sorted({r['device'] for r in rows}))}; torch {first['torch']}.", "",
+        table(rows), "## Claims", "", "Paired over seeds; the interval is Student's t at 95 %, "
+        "each claim by itself: of twenty undecided ones, one will look decided by chance.", "",
+        claims(rows), "## Pictures", "",
         "The dip while the learning rate is large is normal: compare the ends.", "", charts(rows)])
 
 
@@ -487,7 +520,8 @@ def pruned_files(args):
         return {p: models.read(p, "pruned") for p in args.checkpoint}
     folder = os.path.join("runs", "shapes-resnet8-s0")
     found = {p: models.read(p) for pattern in ("filters-*.pt", "weights-*.pt")
-             for p in sorted(glob.glob(os.path.join(folder, pattern))) if not p.endswith(".state.pt")}
+             for p in sorted(glob.glob(os.path.join(folder, pattern)))
+             if not p.endswith(".state.pt")}
     found = {p: c for p, c in found.items() if c["kind"] == "pruned"}
     if not found:
         raise Refused(f"{folder}: no pruned checkpoint is there; run prune.py first, or name one")
@@ -508,8 +542,8 @@ def retrain_chain(run, args, machine, data, budgets):
     for left in reversed(range(args.rounds)):
         with results(run.folder) as path:
             rows = read_rows(path)
-        wanted = {r["run"] for r in run.rows([{"test_accuracy": 0}] * run.settings["epochs"], 0, machine,
-                                             budgets)}
+        curve = [{"test_accuracy": 0}] * run.settings["epochs"]
+        wanted = {r["run"] for r in run.rows(curve, 0, machine, budgets)}
         done = [r for r in rows if r["run"] in wanted]
         if agree(len(done) == len(wanted), machine):
             say(f"{run.name}: done already, test {done[-1]['test_accuracy']:.2f} %")
@@ -525,7 +559,8 @@ def retrain_chain(run, args, machine, data, budgets):
 
 
 def retrain_all(todo, args, machine):
-    """Run each (run, budgets) of `todo`; what another process is at is looked at again at the end."""
+    """Run each (run, budgets) of `todo`; what another process is at is looked at again at the end.
+    """
     cache = {}
     for wait in (False, True):
         for item in list(todo):
@@ -533,7 +568,8 @@ def retrain_all(todo, args, machine):
             c = run.checkpoint
             key = json.dumps([c["recipe"], c["data_dir"]])
             if key not in cache:
-                cache = {key: train.load_data(c["recipe"], args.data_dir or c["data_dir"], machine.device,
+                cache = {key: train.load_data(c["recipe"], args.data_dir or c["data_dir"],
+                                              machine.device,
                                               args.dry_run or c["recipe"]["dry_run"], c)}
             if not agree(machine.rank or lock(run.folder, run.id, wait), machine):
                 continue
@@ -544,8 +580,8 @@ def retrain_all(todo, args, machine):
 
 
 def prune_again(run, args, machine, data):
-    """The retrained network of a round, pruned once more as before (weights: the same share of what is
-    left, so .3 becomes .51, .66 …). Returns (path, checkpoint); the path only gives the name."""
+    """The retrained network of a round, pruned once more as before (weights: the same share of what
+    is left, so .3 becomes .51, .66 …). Returns (path, checkpoint); the path only gives the name."""
     done = models.read(run.target, "retrained")
     how, following = dict(done["pruning"]), run.settings["round"] + 1
     if how["structure"] == "weights":
@@ -556,24 +592,26 @@ def prune_again(run, args, machine, data):
         calibration = train.calibration(data, min(how["calibration_images"], len(data.train[1])),
                                         how["seed"], machine)
     pruned = {**prune.prune(done, how, calibration, run.target), "round": following}
-    pruned["test_accuracy"] = train.evaluate(models.restore(pruned).to(machine.device), data, machine)
+    network = models.restore(pruned).to(machine.device)
+    pruned["test_accuracy"] = train.evaluate(network, data, machine)
     return f"{run.path[:-3].split('--r')[0]}--r{following}.pt", pruned
 
 
 def write_report(folders, dry=False):
-    """Print the table of the rows in `folders` and write the report: into the folder, or, of several,
-    into the folder they share."""
+    """Print the table of the rows in `folders` and write the report: into the folder, or, of
+    several, into the folder they share."""
     rows = []
     for folder in (f for f in folders if os.path.exists(os.path.join(f, "results.jsonl"))):
         with results(folder) as path:
             rows += [row for row in read_rows(path) if row["dry_run"] == dry]
     if not rows:
-        raise Refused(f"argument --report: no results.jsonl with finished runs in {' '.join(folders)}")
+        raise Refused("argument --report: no results.jsonl with finished runs in "
+                      f"{' '.join(folders)}")
     shared = os.path.commonpath([os.path.abspath(f) for f in folders])
     path = os.path.join(folders[0] if len(folders) == 1 else shared, "report.md")
     models.write(path, report(rows).encode())
-    say("\n" + table(rows).replace("<br>", " ") + f"\nWrote {path}: this table, the paper's claims against "
-        "it, and pictures. Next: read it; python prune.py RETRAINED.pt prunes further.")
+    say("\n" + table(rows).replace("<br>", " ") + f"\nWrote {path}: this table, the paper's claims "
+        "against it, and pictures. Next: read it; python prune.py RETRAINED.pt prunes further.")
 
 
 def refuse_useless(args):
@@ -591,12 +629,13 @@ def main(argv=None):
     flags.add_argument("checkpoint", nargs="*", type=schedules.path,
                        help="pruned checkpoints (default: all of the default run)")
     flags.add_argument("--schedule", nargs="+", choices=EVERY, default=DEFAULT, metavar="NAME",
-                       help=f"{' '.join(EVERY)}; scratch_e trains T + t epochs, scratch_b as many MACs as "
-                            "the dense run")
+                       help=f"{' '.join(EVERY)}; scratch_e trains T + t epochs, scratch_b as many "
+                            "MACs as the dense run")
     flags.add_argument("--epochs", nargs="+", type=number(int, 1, 1e6), metavar="t",
                        help="budgets (default: the data set's, 40 for CIFAR)")
     flags.add_argument("--seed", nargs="+", type=number(int, 0), default=[0], metavar="S")
-    flags.add_argument("--lr", type=number(float, 1e-9), help="instead of LR_max: " + ", ".join(schedules.TAKE_LR))
+    flags.add_argument("--lr", type=number(float, 1e-9),
+                       help="instead of LR_max: " + ", ".join(schedules.TAKE_LR))
     flags.add_argument("--end-lr", type=number(float, 0),
                        help="the last learning rate: " + ", ".join(schedules.TAKE_END_LR))
     flags.add_argument("--cycle-momentum", action=argparse.BooleanOptionalAction, default=True,
@@ -614,8 +653,10 @@ def main(argv=None):
     machine = train.the_machine(args)
     todo = []
     for path, checkpoint in pruned_files(args).items():
-        budgets = sorted(set(args.epochs or [train.RECIPES[checkpoint["recipe"]["dataset"]]["retrain"]]))
-        for seed, schedule in itertools.product(dict.fromkeys(args.seed), dict.fromkeys(args.schedule)):
+        usual = train.RECIPES[checkpoint["recipe"]["dataset"]]["retrain"]
+        budgets = sorted(set(args.epochs or [usual]))
+        for seed, schedule in itertools.product(dict.fromkeys(args.seed),
+                                                dict.fromkeys(args.schedule)):
             # The longest run at a constant learning rate contains the shorter ones.
             whole = schedule == "finetune" and args.rounds == 1 and not args.dry_run
             for t in budgets[-1:] if whole else budgets:
