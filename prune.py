@@ -3,12 +3,13 @@
 
     python prune.py                                              # half the filters, L1 and random
     python prune.py runs/cifar10-resnet56-s0/dense.pt --plan B   # the paper's PFEC-B
-    python prune.py CHECKPOINT --structure weights --sparsity 0.9 --method magnitude taylor obd random
+    python prune.py CHECKPOINT --structure weights --sparsity 0.9 \
+        --method magnitude taylor obd random
 
 Filters are removed physically: the network becomes smaller and computes what the masked original
-computes. Weights are set to 0 and stay 0 in retraining. A pruned or retrained checkpoint can be pruned
-again; weight sparsity counts what is already zero. Every criterion is a score (`saliency`); what is
-kept follows from the scores in one place (`keep_filters`, `weight_masks`).
+computes. Weights are set to 0 and stay 0 in retraining. A pruned or retrained checkpoint can be
+pruned again; weight sparsity counts what is already zero. Every criterion is a score (`saliency`);
+what is kept follows from the scores in one place (`keep_filters`, `weight_masks`).
 """
 import math
 import os
@@ -26,8 +27,8 @@ from train import say
 METHODS = ("magnitude", "random", "taylor", "obd", "hrank")
 NEED_DATA = ("taylor", "obd", "hrank")
 
-# The paper's plans (Li 2017; Le & Hua 2021, appendix): share of filters removed in each stage and the
-# conv ids that are left alone (the stem is 1). VGG-16: the width of each of the 13 convs.
+# The paper's plans (Li 2017; Le & Hua 2021, appendix): share of filters removed in each stage and
+# the conv ids that are left alone (the stem is 1). VGG-16: the width of each of the 13 convs.
 _56, _110, _34 = (16, 18, 20, 34, 38, 54), (36, 38, 74), (2, 8, 14, 16, 26, 28, 30, 32)
 PLANS = {
     "resnet56": {"A": ((.1, .1, .1), (16, 20, 38, 54)), "B": ((.6, .3, .1), _56),
@@ -81,8 +82,10 @@ def saliency(network, method, structure, names, seed=0, calibration=None):
     Filters: scores (filters,); weights: scores shaped like the weight. Larger stays.
       magnitude  L1 norm of the filter (PFEC, Li 2017); |w| (Han 2015)
       random     uniform, a function of `seed`
-      taylor     (sum over the filter of g*w)^2, or (g*w)^2, mean over mini-batches of 64 (Molchanov 2019)
-      obd        h*w^2/2, h the empirical Fisher diagonal: the mean of g^2 over single images (LeCun 1990)
+      taylor     (sum over the filter of g*w)^2, or (g*w)^2, mean over mini-batches of 64
+                 (Molchanov 2019)
+      obd        h*w^2/2, h the empirical Fisher diagonal: the mean of g^2 over single images
+                 (LeCun 1990)
       hrank      filters only: see `rank_scores`
     calibration: (images, labels) for the methods in NEED_DATA, as the network takes them."""
     reduce = per_filter if structure == "filters" else torch.clone
@@ -95,7 +98,8 @@ def saliency(network, method, structure, names, seed=0, calibration=None):
     if method == "taylor":
         return gradient_scores(network, names, lambda gw: reduce(gw) ** 2, *calibration, batch=64)
     if method == "obd":
-        return gradient_scores(network, names, lambda gw: reduce(gw ** 2 / 2), *calibration, batch=1)
+        return gradient_scores(network, names, lambda gw: reduce(gw ** 2 / 2), *calibration,
+                               batch=1)
     ranked = [u for u in models.prunable(network) if u.conv + ".weight" in names]
     return rank_scores(network, ranked, calibration[0])
 
@@ -105,19 +109,21 @@ def saliency(network, method, structure, names, seed=0, calibration=None):
 def filters_to_keep(network, arch, sparsity, plan):
     """How many filters each prunable conv keeps: {conv: int(C * (1 - p))}, at least 1.
 
-    sparsity: one share or one for each stage; or the name of one of the paper's plans for `arch`."""
+    sparsity: one share or one for each stage; or the name of one of the paper's plans for `arch`.
+    """
     units = models.prunable(network)
     width = {u.conv: network.get_submodule(u.conv).out_channels for u in units}
     if plan and plan not in PLANS.get(arch, {}):
-        known = f"known: {' '.join(PLANS[arch])}" if arch in PLANS else f"plans exist for {', '.join(PLANS)}"
+        known = (f"known: {' '.join(PLANS[arch])}" if arch in PLANS
+                 else f"plans exist for {', '.join(PLANS)}")
         raise Refused(f"argument --plan: no plan {plan} for {arch}; {known}")
     if plan and arch == "vgg16":
         return {u.conv: min(w, width[u.conv]) for u, w in zip(units, PLANS[arch][plan])}
     shares, skipped = PLANS[arch][plan] if plan else (sparsity, ())
     stages = units[-1].stage
     if len(shares) not in (1, stages):
-        raise Refused(f"argument --sparsity: {len(shares)} values, but {arch} has {stages} stages; give "
-                      f"1 or {stages}")
+        raise Refused(f"argument --sparsity: {len(shares)} values, but {arch} has {stages} stages; "
+                      f"give 1 or {stages}")
     shares = list(shares) * (stages if len(shares) == 1 else 1)
     # 1e-9: 10 * (1 - 0.9) is 0.99…98 in floating point and means 1.
     return {u.conv: width[u.conv] if u.number in skipped else
@@ -128,7 +134,8 @@ def keep_filters(scores, counts, scope="layer"):
     """The filters that stay: {conv: int64 indices, ascending}, by scores {conv: (filters,)}.
 
     layer: the counts[conv] best of each conv. global: as many in all, the best of the network after
-    each layer's scores are divided by their L2 norm (Molchanov 2017); the best of each layer stays."""
+    each layer's scores are divided by their L2 norm (Molchanov 2017); the best of each layer stays.
+    """
     if scope == "global":
         scores = {c: s.double() / s.double().norm().clamp(min=1e-300) for c, s in scores.items()}
         spare = {c: s.argmax() for c, s in scores.items()}
@@ -145,9 +152,11 @@ def keep_filters(scores, counts, scope="layer"):
 
 def weight_masks(weights, scores, sparsity, scope="global"):
     """Which weights stay: {name: bool mask}; round(sparsity * n) of the n weights do not, counting
-    those already zero, which go first. global: one ranking of all (Han 2015); layer: each by itself."""
+    those already zero, which go first. global: one ranking of all (Han 2015); layer: each by
+    itself."""
     def mask(names):
-        flat = torch.cat([torch.where(weights[n] == 0, -1.0, scores[n].double()).flatten() for n in names])
+        flat = torch.cat([torch.where(weights[n] == 0, -1.0, scores[n].double()).flatten()
+                          for n in names])
         stay = torch.ones(len(flat), dtype=torch.bool)
         stay[flat.argsort(stable=True)[:round(sparsity * len(flat))]] = False
         parts = stay.split([weights[n].numel() for n in names])
@@ -163,9 +172,10 @@ def prune(checkpoint, how, calibration=None, path="checkpoint"):
     """A pruned copy of a checkpoint dict (dense, pruned or retrained).
 
     how: dict with method, structure, sparsity (list), plan, scope, seed, include_linear,
-    calibration_images. Records in the copy how it was made, which of the dense network's filters are
-    left (`kept`), and what the adaptive linear schedule needs: `removed`, the share of the conv weights
-    this call took away, and `distance`, how far it moved them (see schedules.adaptive_peak)."""
+    calibration_images. Records in the copy how it was made, which of the dense network's filters
+    are left (`kept`), and what the adaptive linear schedule needs: `removed`, the share of the conv
+    weights this call took away, and `distance`, how far it moved them (see
+    schedules.adaptive_peak)."""
     network = models.restore(checkpoint, path)
     if calibration:
         network.to(calibration[0].device)
@@ -175,18 +185,21 @@ def prune(checkpoint, how, calibration=None, path="checkpoint"):
     if how["structure"] == "filters":
         zero = any((w == 0).any() for w in weights.values())
         if zero:
-            raise Refused(f"{path}: its weights are pruned; --structure filters cannot go on from there")
+            raise Refused(f"{path}: its weights are pruned; --structure filters cannot go on from "
+                          "there")
         names = [u.conv + ".weight" for u in units]
     else:
         if checkpoint.get("kept"):
-            raise Refused(f"{path}: its filters are pruned; --structure weights cannot go on from there")
+            raise Refused(f"{path}: its filters are pruned; --structure weights cannot go on from "
+                          "there")
         names = list(weights)
     scores = {n: s.cpu() for n, s in saliency(network, how["method"], how["structure"], names,
                                               how["seed"], calibration).items()}
     state, kept = checkpoint["model"], dict(checkpoint.get("kept", {}))
     if how["structure"] == "filters":
         counts = filters_to_keep(network, checkpoint["arch"], how["sparsity"], how["plan"])
-        keep = keep_filters({u.conv: scores[u.conv + ".weight"] for u in units}, counts, how["scope"])
+        keep = keep_filters({u.conv: scores[u.conv + ".weight"] for u in units}, counts,
+                            how["scope"])
         state = models.shrink(state, units, keep)
         kept = {c: kept[c][k] if c in kept else k for c, k in keep.items()}
     else:
@@ -221,8 +234,8 @@ def label(how):
 def counts_by_layer(before, after):
     """What pruning did to each layer, as `name 16->8` (filters) or `name 12 %` (weights left)."""
     lines = []
-    for name in models.weight_names(models.from_state(before["arch"], before["classes"], before["model"]),
-                                    include_linear=True):
+    network = models.from_state(before["arch"], before["classes"], before["model"])
+    for name in models.weight_names(network, include_linear=True):
         old, new = before["model"][name], after["model"][name]
         left = (new != 0).sum().item() / new.numel()
         if old.shape[0] != new.shape[0]:
@@ -253,7 +266,7 @@ def run(args):
         raise Refused("argument --out: one file, but there are several checkpoints or methods")
     checkpoints = [models.read(s, "dense", "pruned", "retrained") for s in sources]
     machine = train.the_machine(args)
-    made = {}              # written when all is done: what is refused half way leaves nothing behind
+    made = {}           # written when all is done: what is refused half way leaves nothing behind
     for source, checkpoint in zip(sources, checkpoints):
         network = models.restore(checkpoint, source)
         data = train.load_data(checkpoint["recipe"], args.data_dir or checkpoint["data_dir"],
@@ -264,7 +277,8 @@ def run(args):
         for method in args.method:
             calibration = (train.calibration(data, args.calibration_images, args.seed, machine)
                            if method in NEED_DATA else None)
-            way = {**how, "method": method, "dry_run": args.dry_run and not checkpoint["recipe"]["dry_run"]}
+            way = {**how, "method": method,
+                   "dry_run": args.dry_run and not checkpoint["recipe"]["dry_run"]}
             pruned = prune(checkpoint, way, calibration, source)
             network = models.restore(pruned, source).to(machine.device)
             pruned["test_accuracy"] = train.evaluate(network, data, machine)
@@ -272,8 +286,8 @@ def run(args):
             target = args.out or os.path.join(os.path.dirname(source), f"{stem}{label(way)}.pt")
             check_target(target, pruned)
             made[target] = pruned
-            say(f"{label(way)}: test {pruned['test_accuracy']:.2f} %, {train.summary(network, data.side)}"
-                f"\n  {counts_by_layer(checkpoint, pruned)}")
+            say(f"{label(way)}: test {pruned['test_accuracy']:.2f} %, "
+                f"{train.summary(network, data.side)}\n  {counts_by_layer(checkpoint, pruned)}")
     for target, pruned in made.items():
         models.save(target, pruned)
     say(f"Wrote {' '.join(made)}. Next: python retrain.py {' '.join(made)}")
@@ -297,14 +311,18 @@ def main(argv=None):
     flags.add_argument("--method", nargs="+", choices=METHODS, default=["magnitude", "random"])
     flags.add_argument("--structure", choices=("filters", "weights"), default="filters")
     flags.add_argument("--sparsity", nargs="+", type=number(float, 0, 1, below=True), metavar="P",
-                       help="share to remove (default 0.5); filters: one value, or one for each stage")
-    flags.add_argument("--plan", choices=("A", "B", "C", "D", "I"), help="a plan of the paper, for filters")
+                       help="share to remove (default 0.5); filters: one value, or one for each "
+                            "stage")
+    flags.add_argument("--plan", choices=("A", "B", "C", "D", "I"),
+                       help="a plan of the paper, for filters")
     flags.add_argument("--scope", choices=("layer", "global"),
-                       help="rank within each layer (default for filters) or all together (weights)")
+                       help="rank within each layer (default for filters) or all together "
+                            "(weights)")
     flags.add_argument("--include-linear", action="store_true", help="weights: Linear layers too")
     flags.add_argument("--calibration-images", type=number(int, 1), default=640, metavar="N",
                        help="training images for taylor, obd and hrank")
-    flags.add_argument("--seed", type=number(int, 0), default=0, help="of random, and of those images")
+    flags.add_argument("--seed", type=number(int, 0), default=0,
+                       help="of random, and of those images")
     flags.add_argument("--out", type=schedules.path, metavar="FILE",
                        help="default: beside the checkpoint, named by the method")
     train.machine_flags(flags)
