@@ -1,7 +1,7 @@
 """The networks, their surgery and their files.
 
     import models
-    network = models.load("runs/shapes-resnet8-s0/filters-magnitude-0.5.pt")   # true size, eval mode
+    network = models.load("runs/shapes-resnet8-s0/filters-magnitude-0.5.pt")  # true size, eval mode
 
 A filter-pruned network needs no description: the shapes of its tensors are its description
 (`from_state`). Removing filters is therefore an operation on a state dict, tensors by name
@@ -82,11 +82,13 @@ class CifarResNet(nn.Module):
 def vgg16(classes):
     """VGG-16 with batch norm for 32x32 images: 13 conv (no bias), Linear 512, BN, ReLU, Linear."""
     layers, width = [], 3
-    for out in (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"):
+    for out in (64, 64, "M", 128, 128, "M", 256, 256, 256, "M",
+                512, 512, 512, "M", 512, 512, 512, "M"):
         if out == "M":
             layers.append(nn.MaxPool2d(2))
         else:
-            layers += [nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            layers += [nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out),
+                       nn.ReLU()]
             width = out
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(),
                          nn.Linear(512, classes))
@@ -104,8 +106,8 @@ def build(arch, classes, seed=0):
     elif depth and int(depth[1]) > 2 and int(depth[1]) % 6 == 2:
         network = CifarResNet(int(depth[1]), classes)
     else:
-        raise Refused(f"argument --arch: unknown network {arch!r}; known: resnet8, resnet20, resnet56 …"
-                      f" (6n+2), {', '.join(IMAGENET)}, vgg16")
+        raise Refused(f"argument --arch: unknown network {arch!r}; known: resnet8, resnet20, "
+                      f"resnet56 … (6n+2), {', '.join(IMAGENET)}, vgg16")
     return initialise(network, seed)
 
 
@@ -157,7 +159,7 @@ def count(network, side):
     return sum(p.numel() for p in network.parameters()), flops.get_total_flops() // 2
 
 
-# ---- what can be pruned, and filter surgery --------------------------------------------------------
+# ---- what can be pruned, and filter surgery ------------------------------------------------------
 
 class Unit(NamedTuple):
     """One conv whose filters can be removed, with what else that touches (names in the network)."""
@@ -176,8 +178,8 @@ def prunable(network):
         inner = PRUNABLE_CONVS.get(type(module).__name__)
         if inner:
             stage = int(re.match(r"layer(\d+)", name)[1])
-            units += [Unit(f"{name}.conv{i}", f"{name}.bn{i}", f"{name}.conv{i + 1}", stage, number + i)
-                      for i in range(1, inner + 1)]
+            units += [Unit(f"{name}.conv{i}", f"{name}.bn{i}", f"{name}.conv{i + 1}", stage,
+                           number + i) for i in range(1, inner + 1)]
             number += inner + 1
     if not units:
         layers = [(i, m) for i, m in enumerate(network) if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -190,8 +192,8 @@ def prunable(network):
 def shrink(state, units, keep):
     """Take filters out of a state dict: the conv's rows, its BN's vectors, its reader's columns.
 
-    keep: {conv name: int64 tensor of the filters that stay, ascending}. Names that `state` lacks are
-    passed over, so a dict of momentum buffers is cut by the same call. Returns a new dict."""
+    keep: {conv name: int64 tensor of the filters that stay, ascending}. Names that `state` lacks
+    are passed over, so a dict of momentum buffers is cut by the same call. Returns a new dict."""
     state = dict(state)
     for unit in units:
         if unit.conv not in keep:
@@ -251,28 +253,30 @@ def save(path, checkpoint):
 
 
 REAL, PLAIN = (int, float), (int, float, str, list, type(None))
-RECIPE = {"dataset": {"shapes", "cifar10", "cifar100", "folder", "imagenet"}, "arch": str, "seed": int,
-          "subset": (int, type(None)), "val_size": int, "pretrained": bool, "dry_run": bool,
-          "schedule": set(DENSE), "epochs": int, "batch_size": int, "lr": REAL, "momentum": REAL,
-          "weight_decay": REAL, "milestones": [int]}
-POINT = {"epoch": int, "lr": REAL, "train_loss": REAL, "train_accuracy": REAL, "test_accuracy": REAL}
+RECIPE = {"dataset": {"shapes", "cifar10", "cifar100", "folder", "imagenet"}, "arch": str,
+          "seed": int, "subset": (int, type(None)), "val_size": int, "pretrained": bool,
+          "dry_run": bool, "schedule": set(DENSE), "epochs": int, "batch_size": int, "lr": REAL,
+          "momentum": REAL, "weight_decay": REAL, "milestones": [int]}
+POINT = {"epoch": int, "lr": REAL, "train_loss": REAL, "train_accuracy": REAL,
+         "test_accuracy": REAL}
 COMMON = {"settings": {...: PLAIN}, "curve": [POINT], "seconds": REAL, "model": {...: torch.Tensor}}
 NETWORK = {**COMMON, "arch": str, "classes": int, "side": int, "mean": [REAL], "std": [REAL],
            "data_dir": str, "recipe": RECIPE, "test_accuracy": REAL, "dense_test_accuracy": REAL,
            "dense_params": int, "dense_macs": int}
 PRUNING = {"structure": {"filters", "weights"}, "method": str, "sparsity": [REAL], "seed": int,
-           "plan": (str, type(None)), "scope": str, "include_linear": bool, "calibration_images": int}
-PRUNED = {**NETWORK, "pruning": PRUNING, "params": int, "macs": int, "kept": {...: torch.Tensor}, "removed": REAL,
-          "distance": REAL, "dense_id": str}
+           "plan": (str, type(None)), "scope": str, "include_linear": bool,
+           "calibration_images": int}
+PRUNED = {**NETWORK, "pruning": PRUNING, "params": int, "macs": int, "kept": {...: torch.Tensor},
+          "removed": REAL, "distance": REAL, "dense_id": str}
 FORMS = {"dense": NETWORK, "pruned": PRUNED, "retrained": {**PRUNED, "run": str},
          "state": {**COMMON, "data": str, "epoch": int, "step": int,
                    "momentum": {...: torch.Tensor}, "losses": torch.float64, "hits": torch.int64}}
 
 
 def fits(value, form):
-    """Is `value`, read from a file, of this form? A form is a type or several, a tensor's dtype, a set
-    of values, a list of one form, or a dict of forms by name, with ... for every name. Numbers must be
-    finite; torch.Tensor stands for what networks consist of, float32 and int64."""
+    """Is `value`, read from a file, of this form? A form is a type or several, a tensor's dtype, a
+    set of values, a list of one form, or a dict of forms by name, with ... for every name. Numbers
+    must be finite; torch.Tensor stands for what networks consist of, float32 and int64."""
     if isinstance(form, dict):
         return isinstance(value, dict) and (
             all(isinstance(k, str) and fits(v, form[...]) for k, v in value.items()) if ... in form
@@ -292,36 +296,38 @@ def read(path, *kinds):
     """The checkpoint dict at `path`, checked; tensors on the CPU.
 
     Every byte of content is covered by the zip's checksums, nothing but plain types is unpickled
-    (weights_only), the contents have the form of their kind, which must be one of `kinds` if any are
-    given. Raises Refused otherwise."""
+    (weights_only), the contents have the form of their kind, which must be one of `kinds` if any
+    are given. Raises Refused otherwise."""
     if not os.path.isfile(path):
         raise Refused(f"{path}: no such checkpoint; train.py and prune.py write them")
     checked = io.BytesIO()
     with open(path, "rb") as file:
         content = io.BytesIO(file.read())
     try:
-        # A zip's index has no checksum, and torch's reader believes it: one flipped bit there makes a
-        # tensor of whatever is in memory. So torch gets a new archive of the contents that were checked.
+        # A zip's index has no checksum, and torch's reader believes it: one flipped bit there makes
+        # a tensor of whatever is in memory. So torch gets a new archive of the contents that were
+        # checked.
         with zipfile.ZipFile(content) as archive, zipfile.ZipFile(checked, "w") as fresh:
             for name in set(archive.namelist()):
                 fresh.writestr(name, archive.read(name))
         checked.seek(0)
         checkpoint = torch.load(checked, map_location="cpu", weights_only=True)
-    except Exception as problem:   # torch and zipfile raise a dozen kinds, all with one meaning here
+    except Exception as problem:  # torch and zipfile raise a dozen kinds, all with one meaning here
         raise Refused(f"{path}: not a checkpoint of this project, or damaged; write it again "
                       f"({type(problem).__name__})") from None
     if not fits(checkpoint, {"format": int, "kind": set(FORMS)}) or checkpoint["format"] != FORMAT:
         raise Refused(f"{path}: not a checkpoint of this project (format {FORMAT})")
     if not fits(checkpoint, FORMS[checkpoint["kind"]]):
-        raise Refused(f"{path}: lacks parts of a {checkpoint['kind']} checkpoint, or they are of another "
-                      "type or not finite; write it again")
+        raise Refused(f"{path}: lacks parts of a {checkpoint['kind']} checkpoint, or they are of "
+                      "another type or not finite; write it again")
     if kinds and checkpoint["kind"] not in kinds:
         raise Refused(f"{path}: is a {checkpoint['kind']} checkpoint, not {' or '.join(kinds)}")
     return checkpoint
 
 
 def restore(checkpoint, path="checkpoint"):
-    """The network of a checkpoint dict, in eval mode. Raises Refused where its tensors do not fit."""
+    """The network of a checkpoint dict, in eval mode. Raises Refused where its tensors do not fit.
+    """
     try:
         network = from_state(checkpoint["arch"], checkpoint["classes"], checkpoint["model"])
         count(network, checkpoint["side"])
