@@ -48,7 +48,8 @@ def one_cycle(step, steps, peak, end=None, momentum=0.9, cycle_momentum=True):
 
 
 def linear(step, steps, peak, end=0.0):
-    """LLR (Zimmer 2023): cosine warm-up 0 -> peak over a tenth of the steps, then a line to `end`."""
+    """LLR (Zimmer 2023): cosine warm-up 0 -> peak over a tenth of the steps, then a line to `end`.
+    """
     warmup = steps // 10
     if step < warmup:
         return cosine(0.0, peak, step / warmup)
@@ -69,8 +70,8 @@ def dense(recipe, steps_per_epoch, stretch=1.0):
     """The dense run's own schedule as a function `step -> (lr, momentum)`.
 
     recipe: dict with schedule (one of DENSE), epochs, lr, milestones (epochs; step only), momentum.
-    stretch: 2.0 makes everything happen twice as late (Scratch-E and -B, Liu 2019). `step`, `cosine`
-    and `constant` change once an epoch, `linear` and `one_cycle` at every step.
+    stretch: 2.0 makes everything happen twice as late (Scratch-E and -B, Liu 2019). `step`,
+    `cosine` and `constant` change once an epoch, `linear` and `one_cycle` at every step.
     """
     kind, peak, momentum = recipe["schedule"], recipe["lr"], recipe["momentum"]
     total = recipe["epochs"]
@@ -144,7 +145,7 @@ def retrain(name, epochs, steps_per_epoch, recipe, lr=None, end_lr=None, cycle_m
     raise KeyError(name)
 
 
-# ---- the command line: what all four scripts share ------------------------------------------------
+# ---- the command line: what all four scripts share -----------------------------------------------
 
 class Refused(Exception):
     """Input that cannot be used. Its text is the one line the user sees; the exit status is 2."""
