@@ -1,8 +1,8 @@
-"""Everything against oracles: torch's own schedulers and pruning, numpy, slow references, numbers worked
-out by hand or published. No network, no data set, under a minute on two cores.
+"""Everything against oracles: torch's own schedulers and pruning, numpy, slow references, numbers
+worked out by hand or published. No network, no data set, under a minute on two cores.
 
-    python -m pytest -q                 # the quick suite
-    python -m pytest -q -m slow         # what takes minutes: every step interrupted, 200 kills, processes
+    python -m pytest -q           # the quick suite
+    python -m pytest -q -m slow   # what takes minutes: every step interrupted, 200 kills, processes
 """
 import atexit
 import contextlib
@@ -108,8 +108,9 @@ def study():
 
 def dense_flags(out):
     """The dense run of `study`, into the folder `out`."""
-    return ["--dataset", "folder", "--data-dir", out.parent / "data", "--epochs", 2, "--batch-size", 2,
-            "--milestones", 1, "--snapshot-every", 1, "--precision", "fp32", "--out", out]
+    return ["--dataset", "folder", "--data-dir", out.parent / "data", "--epochs", 2,
+            "--batch-size", 2, "--milestones", 1, "--snapshot-every", 1, "--precision", "fp32",
+            "--out", out]
 
 
 def arm_of(folder, name, pruned):
@@ -218,7 +219,8 @@ def noisy(arch, classes=10, seed=0):
 def tiny_data(count=40, side=32, classes=10, seed=0):
     """Random images in memory as a `train.Data`."""
     draw = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (count, 3, side + 8, side + 8), generator=draw, dtype=torch.uint8)
+    images = torch.randint(0, 256, (count, 3, side + 8, side + 8), generator=draw,
+                           dtype=torch.uint8)
     labels = torch.arange(count) % classes
     small = images[:, :, 4:-4, 4:-4].contiguous()
     return train.Data((images, labels), (small, labels), (None, labels[:0]), side, classes,
@@ -234,26 +236,29 @@ def dense_checkpoint(arch, seed=0, classes=10, side=32, **recipe):
     params, macs = models.count(network, side)
     return {"kind": "dense", "arch": arch, "classes": classes, "side": side, "mean": [0.5] * 3,
             "std": [0.25] * 3, "recipe": {
-                **CIFAR, "dataset": "shapes", "arch": arch, "seed": seed, "pretrained": False, "subset": None,
-                "val_size": 0, "batch_size": 8, "weight_decay": 5e-4, "dry_run": False, **recipe},
+                **CIFAR, "dataset": "shapes", "arch": arch, "seed": seed, "pretrained": False,
+                "subset": None, "val_size": 0, "batch_size": 8, "weight_decay": 5e-4,
+                "dry_run": False, **recipe},
             "settings": {}, "data_dir": "data", "test_accuracy": 50.0, "dense_test_accuracy": 50.0,
             "dense_params": params, "dense_macs": macs, "model": dict(network.state_dict())}
 
 
 def how(method="magnitude", structure="filters", sparsity=(0.5,), **more):
     return {"method": method, "structure": structure, "sparsity": list(sparsity), "plan": None,
-            "scope": "layer" if structure == "filters" else "global", "seed": 0, "include_linear": False,
-            "calibration_images": 40, "dry_run": False, **more}
+            "scope": "layer" if structure == "filters" else "global", "seed": 0,
+            "include_linear": False, "calibration_images": 40, "dry_run": False, **more}
 
 
 # ---- schedules -----------------------------------------------------------------------------------
 
 GOLDEN = """
-e   0    1           3           7           8           20          32          36          40          54          60           71
+e 0 1 3 7 8 20 32 36 40 54 60 71
 lr_rewind .01 .01 .01 .01 .01 .01 .001 .001 .001 .001 .001 .001
 slr .001 .005902041 .039485214 .1 .1 .1 .1 .1 .01 .01 .001 .001
-one_cycle .001 .0056393861 .037699576 .099813971 .099962281 .090676733 .068009194 .058683488 .049032431 .017866459 .0082330837 6.8593579e-5
-linear 0 .0046852657 .037063539 .099810679 .098764652 .08024628 .061727908 .055555117 .049382326 .027777559 .018518372 .0015431977
+one_cycle .001 .0056393861 .037699576 .099813971 .099962281 .090676733 .068009194 .058683488 \
+.049032431 .017866459 .0082330837 6.8593579e-5
+linear 0 .0046852657 .037063539 .099810679 .098764652 .08024628 .061727908 .055555117 \
+.049382326 .027777559 .018518372 .0015431977
 """
 
 
@@ -273,9 +278,9 @@ def test_golden_values_of_the_72_epoch_budget(line):
 
 def test_golden_values_of_one_cycle_over_100_steps():
     at = schedules.retrain("one_cycle", 100, 1, CIFAR)
-    golden = {0: (.001, .95), 1: (.003985215271, .94698463), 5: (.05909558479, .89131759), 9: (.1, .85),
-              10: (.0999695444, .85003046), 50: (.05696295918, .89304134), 98: (4.045560318e-5, .94996954),
-              99: (1e-5, .95)}
+    golden = {0: (.001, .95), 1: (.003985215271, .94698463), 5: (.05909558479, .89131759),
+              9: (.1, .85), 10: (.0999695444, .85003046), 50: (.05696295918, .89304134),
+              98: (4.045560318e-5, .94996954), 99: (1e-5, .95)}
     for step, (lr, momentum) in golden.items():
         assert at(step)[0] == pytest.approx(lr, rel=1e-9)
         assert at(step)[1] == pytest.approx(momentum, abs=1e-8)
@@ -312,10 +317,12 @@ def test_dense_step_and_cosine_are_torchs():
 
 @pytest.mark.parametrize("kind", schedules.DENSE)
 def test_every_budget_works_from_one_step_upwards(kind):
-    """Published implementations divide by zero for short runs (SLR: t < 10; OneCycleLR: 10 steps)."""
+    """Published implementations divide by zero for short runs (SLR: t < 10; OneCycleLR: 10 steps).
+    """
     recipe = {**CIFAR, "schedule": kind}
     for name in retrain.EVERY:
-        for epochs, steps in ((1, 1), (1, 10), (2, 5), (9, 1), (10, 1), (19, 2), (160, 1), (200, 1)):
+        for epochs, steps in ((1, 1), (1, 10), (2, 5), (9, 1), (10, 1), (19, 2), (160, 1),
+                              (200, 1)):
             values = lrs(name, epochs, steps, recipe, distance=0.3, removed=0.5)
             assert all(0 <= v <= 0.1 + 1e-12 for v in values), (name, epochs, steps)
             assert kind != "step" or name == "linear" or max(values) > 0
@@ -350,10 +357,10 @@ def test_scratch_is_the_dense_schedule_stretched_and_finetune_is_its_end():
 
 
 def test_adaptive_linear_starts_between_its_bounds():
-    for distance, removed, t, peak in ((0.05, 0.5, 16, 0.01), (0.5, 0.25, 16, 0.1), (0.3, 0.36, 16, 0.05),
-                                       (0.0, 0.0, 160, 0.1)):
-        assert max(lrs("adaptive_linear", t, 50, distance=distance, removed=removed)) == pytest.approx(
-            peak, rel=1e-3)
+    for distance, removed, t, peak in ((0.05, 0.5, 16, 0.01), (0.5, 0.25, 16, 0.1),
+                                       (0.3, 0.36, 16, 0.05), (0.0, 0.0, 160, 0.1)):
+        values = lrs("adaptive_linear", t, 50, distance=distance, removed=removed)
+        assert max(values) == pytest.approx(peak, rel=1e-3)
 
 
 def test_published_options_of_one_cycle_can_be_switched():
@@ -383,7 +390,8 @@ def planned(arch, plan=None, sparsity=(), classes=10):
         network = models.build(arch, classes)
     counts = prune.filters_to_keep(network, arch, sparsity, plan)
     keep = {conv: torch.arange(k) for conv, k in counts.items()}
-    return models.from_state(arch, classes, models.shrink(network.state_dict(), models.prunable(network), keep))
+    small = models.shrink(network.state_dict(), models.prunable(network), keep)
+    return models.from_state(arch, classes, small)
 
 
 @pytest.mark.parametrize("arch, plan, params, macs", [
@@ -403,7 +411,8 @@ def by_hand(arch, plan):
             conv_id = 2 + 2 * (stage * blocks + block)
             inner = out if conv_id in skipped else int(round(out * (1 - shares[stage]), 6))
             weights = 9 * (width * inner + inner * out)
-            params, macs, width = params + weights + 2 * (inner + out), macs + weights * side ** 2, out
+            params, macs = params + weights + 2 * (inner + out), macs + weights * side ** 2
+            width = out
     return params + 650, macs + 640
 
 
@@ -426,11 +435,13 @@ def test_counts_of_plan_i_over_eight_rounds():
 
 
 def test_counts_of_imagenet_networks():
-    """Published for ResNet-34 A and B (Li 2017); ResNet-50 by hand: both inner convs of a bottleneck."""
+    """Published for ResNet-34 A and B (Li 2017); ResNet-50 by hand: both inner convs of a
+    bottleneck."""
     params, macs = models.count(planned("resnet34", sparsity=[0.0], classes=1000), 224)
     for plan, left, drop in (("A", 20.152e6, 15.38), ("B", 19.469e6, 24.06)):
         p, m = models.count(planned("resnet34", plan, classes=1000), 224)
-        assert p == pytest.approx(left, abs=500) and 100 * (1 - m / macs) == pytest.approx(drop, abs=0.005)
+        assert p == pytest.approx(left, abs=500)
+        assert 100 * (1 - m / macs) == pytest.approx(drop, abs=0.005)
     assert (params, models.count(planned("resnet50", sparsity=[0.0], classes=1000), 224)) == (
         21_797_672, (25_557_032, 4_089_184_256))
     for sparsity, left, drop in (([.7, .7, .75, .75], 7_961_423, 73.34), ([.3], 16_945_246, 36.38)):
@@ -450,17 +461,19 @@ def test_the_shortcut_passes_the_gradient():
     """Detached in the published code: then the stem learns nothing through it."""
     shortcut, x = models.Shortcut(16), torch.randn(2, 16, 8, 8, requires_grad=True)
     y = shortcut(x)
-    assert y.shape == (2, 32, 4, 4) and torch.equal(y[:, :16], x[:, :, ::2, ::2]) and not y[:, 16:].any()
+    assert y.shape == (2, 32, 4, 4)
+    assert torch.equal(y[:, :16], x[:, :, ::2, ::2]) and not y[:, 16:].any()
     y.sum().backward()
     assert torch.equal(x.grad[:, :, ::2, ::2], torch.ones(2, 16, 4, 4))
 
 
 # ---- pruning -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("arch, side", [("resnet8", 32), ("resnet20", 32), ("vgg16", 32), ("resnet18", 48),
-                                        ("resnet34", 48), ("resnet50", 48)])
+@pytest.mark.parametrize("arch, side", [("resnet8", 32), ("resnet20", 32), ("vgg16", 32),
+                                        ("resnet18", 48), ("resnet34", 48), ("resnet50", 48)])
 def test_a_shrunk_network_computes_what_the_zeroed_one_computes(arch, side):
-    """Removed filters, and their batch norms, zeroed in a copy of the original: same outputs, float64."""
+    """Removed filters, and their batch norms, zeroed in a copy of the original: same outputs,
+    float64."""
     network = noisy(arch)
     units = models.prunable(network)
     counts = prune.filters_to_keep(network, arch, [0.3], None)
@@ -471,10 +484,12 @@ def test_a_shrunk_network_computes_what_the_zeroed_one_computes(arch, side):
         gone = torch.ones(len(scores[unit.conv + ".weight"]), dtype=torch.bool)
         gone[keep[unit.conv]] = False
         norms = network.get_parameter(unit.conv + ".weight").abs().sum((1, 2, 3))
-        assert gone.sum() == len(gone) - int(len(gone) * 0.7) and norms[gone].max() <= norms[~gone].min()
+        assert gone.sum() == len(gone) - int(len(gone) * 0.7)
+        assert norms[gone].max() <= norms[~gone].min()
         bn = network.get_submodule(unit.bn)
         with torch.no_grad():
-            for value in (network.get_parameter(unit.conv + ".weight"), bn.weight, bn.bias, bn.running_mean):
+            for value in (network.get_parameter(unit.conv + ".weight"), bn.weight, bn.bias,
+                          bn.running_mean):
                 value[gone] = 0
     assert small.conv1.out_channels == 64 if arch in models.IMAGENET else True
     x = torch.randn(2, 3, side, side, dtype=torch.float64)
@@ -507,11 +522,12 @@ def test_layerwise_and_random_weight_pruning():
         layer_module.weight = torch.nn.Parameter(weight.clone())
         torch_prune.l1_unstructured(layer_module, "weight", amount=0.6)
         assert torch.equal(layer["model"][name] != 0, layer_module.weight_mask.bool())
-    one, same, other = (prune.prune(checkpoint, how("random", "weights", [0.6], seed=s)) for s in (1, 1, 2))
-    assert models.digest(one["model"]) == models.digest(same["model"]) != models.digest(other["model"])
+    one, same, other = (prune.prune(checkpoint, how("random", "weights", [0.6], seed=s))["model"]
+                        for s in (1, 1, 2))
+    assert models.digest(one) == models.digest(same) != models.digest(other)
     names = models.weight_names(models.restore(checkpoint))
-    left = np.array([(one["model"][n] != 0).double().mean() for n in names if one["model"][n].numel() > 2000])
-    assert abs(left - 0.4).max() < 0.05                                    # uniform, not by layer size
+    left = np.array([(one[n] != 0).double().mean() for n in names if one[n].numel() > 2000])
+    assert abs(left - 0.4).max() < 0.05                                # uniform, not by layer size
 
 
 def test_weight_sparsity_is_cumulative_and_what_is_pruned_stays_pruned():
@@ -529,10 +545,11 @@ def test_weight_sparsity_is_cumulative_and_what_is_pruned_stays_pruned():
 
 
 def test_global_filter_ranking_normalises_and_never_empties_a_layer():
-    scores = {"a": torch.tensor([100., 300., 200.]), "b": torch.tensor([.1, .9]), "c": torch.tensor([1e-9])}
+    scores = {"a": torch.tensor([100., 300., 200.]), "b": torch.tensor([.1, .9]),
+              "c": torch.tensor([1e-9])}
     keep = prune.keep_filters(scores, {"a": 1, "b": 1, "c": 1}, "global")
     assert {c: k.tolist() for c, k in keep.items()} == {"a": [1], "b": [1], "c": [0]}
-    keep = prune.keep_filters(scores, {"a": 2, "b": 2, "c": 0}, "global")      # 200/374 beats 0.1/0.906
+    keep = prune.keep_filters(scores, {"a": 2, "b": 2, "c": 0}, "global")  # 200/374 beats 0.1/0.906
     assert {c: k.tolist() for c, k in keep.items()} == {"a": [1, 2], "b": [1], "c": [0]}
 
 
@@ -540,10 +557,11 @@ def test_kept_filters_refer_to_the_dense_network_however_often_pruned():
     checkpoint = dense_checkpoint("resnet8")
     twice = prune.prune(prune.prune(checkpoint, how("magnitude")), how("random", sparsity=[0.25]))
     for conv, kept in twice["kept"].items():
-        assert torch.equal(twice["model"][conv + ".weight"].sum((2, 3)).shape[0] * torch.ones(1).long(),
-                           torch.tensor([len(kept)]))
+        left = twice["model"][conv + ".weight"].sum((2, 3)).shape[0]
+        assert torch.equal(left * torch.ones(1).long(), torch.tensor([len(kept)]))
     stem = "layer1.0.conv1"
-    assert torch.equal(twice["model"][stem + ".weight"], checkpoint["model"][stem + ".weight"][twice["kept"][stem]])
+    assert torch.equal(twice["model"][stem + ".weight"],
+                       checkpoint["model"][stem + ".weight"][twice["kept"][stem]])
 
 
 def test_distance_and_removed_are_zimmers():
@@ -552,7 +570,8 @@ def test_distance_and_removed_are_zimmers():
     names = models.weight_names(models.restore(checkpoint))
     before = np.concatenate([checkpoint["model"][n].double().flatten() for n in names])
     after = np.concatenate([pruned["model"][n].double().flatten() for n in names])
-    assert pruned["distance"] == pytest.approx(np.linalg.norm(before - after) / np.linalg.norm(before))
+    distance = np.linalg.norm(before - after) / np.linalg.norm(before)
+    assert pruned["distance"] == pytest.approx(distance)
     assert pruned["removed"] == pytest.approx(0.7, abs=1e-4)
 
 
@@ -578,7 +597,7 @@ def test_gradient_criteria_against_single_sample_gradients(method):
     network.double()
     x, name = x.double(), "layer2.0.conv1.weight"
     gradients, weight = slow_gradients(network, x, y, name), network.get_parameter(name).detach()
-    if method == "taylor":                          # 24 images are one mini-batch: its mean gradient
+    if method == "taylor":                         # 24 images are one mini-batch: its mean gradient
         weights = (gradients.mean(0) * weight) ** 2
         filters = (gradients.mean(0) * weight).sum((1, 2, 3)) ** 2
     else:
@@ -592,10 +611,11 @@ def test_gradient_criteria_against_single_sample_gradients(method):
 def test_taylor_averages_over_mini_batches_of_64():
     network, x, y = small_network_and_images(128)
     name = "layer1.0.conv1.weight"
-    halves = [prune.saliency(network, "taylor", "filters", [name], calibration=(x[k::2], y[k::2]))[name]
-              for k in (0, 1)]
+    halves = [prune.saliency(network, "taylor", "filters", [name],
+                             calibration=(x[k::2], y[k::2]))[name] for k in (0, 1)]
     order = torch.cat([torch.arange(0, 128, 2), torch.arange(1, 128, 2)])
-    whole = prune.saliency(network, "taylor", "filters", [name], calibration=(x[order], y[order]))[name]
+    whole = prune.saliency(network, "taylor", "filters", [name],
+                           calibration=(x[order], y[order]))[name]
     torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2, rtol=1e-4, atol=1e-9)
 
 
@@ -607,7 +627,8 @@ def test_hrank_against_numpy():
         stream = network.layer2(network.layer1(F.relu(network.bn1(network.conv1(x)))))
         maps = F.relu(network.layer3[0].bn1(network.layer3[0].conv1(stream))).numpy()
     reference = [np.mean([np.linalg.matrix_rank(maps[i, c]) for i in range(6)]) for c in range(64)]
-    scores = prune.saliency(network, "hrank", "filters", [unit.conv + ".weight"], calibration=(x, y))
+    scores = prune.saliency(network, "hrank", "filters", [unit.conv + ".weight"],
+                            calibration=(x, y))
     np.testing.assert_allclose(scores[unit.conv + ".weight"], reference)
 
 
@@ -618,7 +639,8 @@ def test_no_criterion_ranks_as_magnitude_does():
         keep = {}
         for method in prune.METHODS[:5 if structure == "filters" else 4]:
             scores = prune.saliency(network, method, structure, names, 0, (x, y))
-            keep[method] = [s.flatten().argsort(descending=True)[:8].tolist() for s in scores.values()]
+            keep[method] = [s.flatten().argsort(descending=True)[:8].tolist()
+                            for s in scores.values()]
         assert all(keep[m] != keep["magnitude"] for m in keep if m != "magnitude")
 
 
@@ -657,7 +679,8 @@ def test_crops_and_flips_are_uniform_and_order_is_a_permutation():
     chi2 = ((counts - 50_000 / 81) ** 2 / (50_000 / 81)).sum().item()
     assert abs(chi2 - 80) < 6 * math.sqrt(160)
     assert abs(flip.double().mean().item() - 0.5) < 6 * 0.5 / math.sqrt(50_000)
-    assert all(torch.equal(a, b) for a, b in zip(train.epoch_draws(5, 7, 99), train.epoch_draws(5, 7, 99)))
+    assert all(torch.equal(a, b) for a, b in zip(train.epoch_draws(5, 7, 99),
+                                                 train.epoch_draws(5, 7, 99)))
     assert not torch.equal(train.epoch_draws(5, 7, 99)[0], train.epoch_draws(5, 8, 99)[0])
     assert not torch.equal(train.epoch_draws(5, 7, 99)[0], train.epoch_draws(6, 7, 99)[0])
 
@@ -665,7 +688,8 @@ def test_crops_and_flips_are_uniform_and_order_is_a_permutation():
 def test_normalisation_is_torchvisions():
     from torchvision.transforms import v2
     data = tiny_data(16)
-    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)])
+    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True),
+                            v2.Normalize(data.mean, data.std)])
     found = train.normalise(data.test[0], data)
     torch.testing.assert_close(found, reference(data.test[0]), rtol=1e-5, atol=1e-6)
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -675,7 +699,7 @@ def test_an_epoch_shows_every_image_once_and_keeps_the_short_last_batch():
     data = tiny_data(50)
     sizes, seen = [], []
     images = data.train[0].clone()
-    images[:] = torch.arange(50, dtype=torch.uint8).view(-1, 1, 1, 1)          # each image is its number
+    images[:] = torch.arange(50, dtype=torch.uint8).view(-1, 1, 1, 1)     # each image is its number
     data = data._replace(train=(images, data.train[1]), mean=[0.0] * 3, std=[1 / 255] * 3)
     for x, y, counted, weight in train.train_batches(data, 0, 0, 16, CPU):
         sizes.append(counted)
@@ -685,10 +709,12 @@ def test_an_epoch_shows_every_image_once_and_keeps_the_short_last_batch():
 
 
 def test_two_processes_share_each_batch():
-    """What the ranks see is together what one process sees; the counts add up, the weights average."""
+    """What the ranks see is together what one process sees; the counts add up, the weights average.
+    """
     data = tiny_data(33)
     whole = [(x, y) for x, y, _, _ in train.train_batches(data, 0, 2, 8, CPU)]
-    ranks = [list(train.train_batches(data, 0, 2, 8, CPU._replace(rank=r, world=2))) for r in (0, 1)]
+    ranks = [list(train.train_batches(data, 0, 2, 8, CPU._replace(rank=r, world=2)))
+             for r in (0, 1)]
     for (x, y), zero, one in zip(whole[:-1], *ranks):
         assert torch.equal(x[0::2], zero[0]) and torch.equal(x[1::2], one[0])
         assert zero[2] + one[2] == len(y) and (zero[3] + one[3]) / 2 == 1
@@ -717,7 +743,8 @@ def test_folder_in_memory_is_what_torchvision_reads(tmp_path):
     recipe = {"dataset": "folder", "subset": None, "val_size": 3, "batch_size": 4}
     data = train.load_data(recipe, str(root), torch.device("cpu"))
     files = ImageFolder(str(root / "val"))
-    assert data.classes == 3 and data.side == 32 and len(data.train[1]) == 15 and len(data.val[1]) == 3
+    assert data.classes == 3 and data.side == 32
+    assert len(data.train[1]) == 15 and len(data.val[1]) == 3
     for i, (image, label) in enumerate(files):
         assert np.array_equal(data.test[0][i].permute(1, 2, 0), np.asarray(image))
         assert data.test[1][i] == label
@@ -735,7 +762,7 @@ def test_large_images_do_not_depend_on_the_number_of_workers(tmp_path):
     runs = [list(train.train_batches(data, 0, 1, 8, CPU._replace(workers=w))) for w in (0, 2)]
     for (x, y, *_), (x2, y2, *_) in zip(*runs):
         assert x.shape[1:] == (3, 224, 224) and torch.equal(x, x2) and torch.equal(y, y2)
-    later = list(train.train_batches(data, 0, 1, 8, CPU, start=1))             # resumed in the middle
+    later = list(train.train_batches(data, 0, 1, 8, CPU, start=1))           # resumed in the middle
     assert torch.equal(later[0][0], runs[0][1][0])
     again = list(train.train_batches(data, 0, 2, 8, CPU))
     assert not torch.equal(again[0][0], runs[0][0][0])
@@ -754,7 +781,8 @@ def test_the_loop_is_plain_sgd(tmp_path):
     for epoch in range(2):
         total = 0
         for step, (x, y, _, _) in enumerate(train.train_batches(data, 0, epoch, 8, CPU)):
-            optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"] = at(3 * epoch + step)
+            group = optimizer.param_groups[0]
+            group["lr"], group["momentum"] = at(3 * epoch + step)
             loss = F.cross_entropy(reference(x.contiguous()), y)
             optimizer.zero_grad()
             loss.backward()
@@ -763,8 +791,8 @@ def test_the_loop_is_plain_sgd(tmp_path):
         assert curve[epoch]["train_loss"] == pytest.approx(total / 20, rel=1e-4)
     for one, other in zip(network.state_dict().values(), reference.state_dict().values()):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-    right = sum((network(train.normalise(data.test[0][i:i + 1], data)).argmax() == data.test[1][i]).item()
-                for i in range(20))
+    right = sum((network(train.normalise(data.test[0][i:i + 1], data)).argmax()
+                 == data.test[1][i]).item() for i in range(20))
     assert curve[-1]["test_accuracy"] == 100 * right / 20
 
 
@@ -790,8 +818,10 @@ def test_pruned_weights_stay_exactly_zero(tmp_path, schedule):
     for name in models.weight_names(network):
         layer = masked[name[:-7]]
         weight = network.get_parameter(name)
-        assert not weight[layer.weight_mask == 0].any() and (weight != 0).sum() == layer.weight_mask.sum()
-        torch.testing.assert_close(weight, layer.weight_orig * layer.weight_mask, rtol=1e-3, atol=1e-5)
+        assert not weight[layer.weight_mask == 0].any()
+        assert (weight != 0).sum() == layer.weight_mask.sum()
+        torch.testing.assert_close(weight, layer.weight_orig * layer.weight_mask,
+                                   rtol=1e-3, atol=1e-5)
 
 
 def test_weight_rewinding_takes_the_dense_runs_state(tmp_path):
@@ -801,20 +831,21 @@ def test_weight_rewinding_takes_the_dense_runs_state(tmp_path):
     at, state = schedules.dense(recipe, 5), str(tmp_path / "dense.state.pt")
     train.fit(network, data, at, settings(4), CPU, state, snapshots=range(4))
     half = models.build("resnet8", 10)
-    train.fit(half, data, at, settings(2), CPU, str(tmp_path / "half.pt"))      # the first two epochs
+    train.fit(half, data, at, settings(2), CPU, str(tmp_path / "half.pt"))    # the first two epochs
     momentum = models.read(tmp_path / "half.pt")["momentum"]
-    checkpoint = {**dense_checkpoint("resnet8", epochs=4, milestones=[2, 3]), "settings": settings(4),
-                  "model": dict(network.state_dict())}
+    checkpoint = {**dense_checkpoint("resnet8", epochs=4, milestones=[2, 3]),
+                  "settings": settings(4), "model": dict(network.state_dict())}
     pruned = prune.prune(checkpoint, how())
     rewound, held, masks = retrain.start("weight_rewind", 2, pruned, str(tmp_path), 0)
     kept = pruned["kept"]["layer2.0.conv1"]
     assert not masks
-    for name, rows, columns in (("layer2.0.conv1.weight", kept, slice(None)), ("layer2.0.bn1.running_var", kept, None),
+    for name, rows, columns in (("layer2.0.conv1.weight", kept, slice(None)),
+                                ("layer2.0.bn1.running_var", kept, None),
                                 ("layer2.0.conv2.weight", slice(None), kept)):
         for found, reference in ((rewound.state_dict(), half.state_dict()), (held, momentum)):
             if name in reference:
-                want = reference[name][rows] if columns is None else reference[name][rows][:, columns]
-                assert torch.equal(found[name], want)
+                want = reference[name][rows]
+                assert torch.equal(found[name], want if columns is None else want[:, columns])
     pruned = prune.prune(checkpoint, how(structure="weights", sparsity=[0.9]))
     rewound, _, masks = retrain.start("weight_rewind", 2, pruned, str(tmp_path), 0)
     for name, mask in masks.items():
@@ -827,11 +858,13 @@ def test_weight_rewinding_takes_the_dense_runs_state(tmp_path):
     draws = train.epoch_draws
     train.epoch_draws = lambda seed, epoch, count: draws(seed, epoch + 2, count)
     try:
-        train.fit(rewound, shifted, tail, settings(2), CPU, str(tmp_path / "t.pt"), momentum=held, masks=masks)
+        train.fit(rewound, shifted, tail, settings(2), CPU, str(tmp_path / "t.pt"), momentum=held,
+                  masks=masks)
     finally:
         train.epoch_draws = draws
-    assert models.digest(dict(rewound.state_dict())) == models.digest(dict(network.state_dict())) or all(
-        torch.equal(a, b) for (n, a), (_, b) in zip(rewound.state_dict().items(), network.state_dict().items()))
+    a, b = dict(rewound.state_dict()), dict(network.state_dict())
+    assert models.digest(a) == models.digest(b) or all(
+        torch.equal(x, y) for x, y in zip(a.values(), b.values()))
 
 
 def test_evaluation_counts_each_image_once_however_it_is_shared():
@@ -842,7 +875,7 @@ def test_evaluation_counts_each_image_once_however_it_is_shared():
     assert whole == 100 * right / 23
 
 
-# ---- retraining as a whole -------------------------------------------------------------------------
+# ---- retraining as a whole -----------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
@@ -850,7 +883,8 @@ def dry(tmp_path_factory):
     with inside(tmp_path_factory.mktemp("dry")) as folder:
         assert call("train", "--dry-run", "--precision", "fp32")[0] == 0
         assert call("prune", "--dry-run")[0] == 0
-        assert call("retrain", "--dry-run", "--precision", "fp32", "--schedule", *retrain.EVERY)[0] == 0
+        assert call("retrain", "--dry-run", "--precision", "fp32",
+                    "--schedule", *retrain.EVERY)[0] == 0
     return folder
 
 
@@ -859,8 +893,8 @@ def test_the_scripts_chain_without_arguments(dry):
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert {(r["method"], r["schedule"]) for r in rows} == {
         (m, s) for m in ("magnitude", "random") for s in retrain.EVERY} and len(rows) == 20
-    wanted = set("method structure sparsity schedule epochs seed test_accuracy dense_test_accuracy params "
-                 "macs curve seconds device torch".split())
+    wanted = set("method structure sparsity schedule epochs seed test_accuracy dense_test_accuracy "
+                 "params macs curve seconds device torch".split())
     for row in rows:
         assert wanted <= row.keys() and len(row["curve"]) == row["epochs"] and row["dry_run"]
         assert row["test_accuracy"] == row["curve"][-1]["test_accuracy"] and row["sparsity"] == 0.5
@@ -868,7 +902,7 @@ def test_the_scripts_chain_without_arguments(dry):
         assert not network.training and models.count(network, 32) == (row["params"], row["macs"])
     assert "| filters 0.5 | magnitude |" in (folder / "report.md").read_text()
     for path in folder.glob("*.pt"):
-        assert torch.load(path)["format"] == models.FORMAT               # torch's default is the safe one
+        assert torch.load(path)["format"] == models.FORMAT         # torch's default is the safe one
     assert not list(folder.glob("*.state.pt")) and not list(folder.glob("*.tmp"))
 
 
@@ -894,12 +928,12 @@ def test_resuming_at_an_epoch_boundary_changes_nothing(tmp_path):
 
             def watched(step):
                 if stop and step == 3:
-                    raise KeyboardInterrupt                              # before the second epoch's first step
+                    raise KeyboardInterrupt              # before the second epoch's first step
                 return at(step)
             if stop:
                 with pytest.raises(KeyboardInterrupt):
                     train.fit(network, data, watched, settings(), CPU, path, masks=masks)
-                network = models.build("resnet8", 10, seed=99)           # nothing survives but the file
+                network = models.build("resnet8", 10, seed=99)     # nothing survives but the file
             curve, _ = train.fit(network, data, at, settings(), CPU, path, masks=masks, resume=stop)
             found.append((curve, models.digest(dict(network.state_dict()))))
         assert found[0] == found[1], name
@@ -929,12 +963,15 @@ def test_pretrained_weights_come_with_the_recipe_that_made_them(tmp_path, monkey
     monkeypatch.setattr(train, "pretrained", lambda arch, classes: network)
     image_folder(tmp_path / "data", side=8)
     with inside(tmp_path):
-        assert call("train", "--dataset", "folder", "--pretrained", "--epochs", 0, "--out", "a")[0] == 0
+        assert call("train", "--dataset", "folder", "--pretrained", "--epochs", 0,
+                    "--out", "a")[0] == 0
         dense = models.read("a/dense.pt", "dense")
         assert dense["recipe"]["epochs"] == 160 and dense["curve"] == []
-        assert models.digest(dense["model"]) == models.digest(models.build("resnet8", 3, 5).state_dict())
+        built = models.build("resnet8", 3, 5)
+        assert models.digest(dense["model"]) == models.digest(built.state_dict())
         assert call("prune", "a/dense.pt", "--method", "taylor", "--calibration-images", 18)[0] == 0
-        assert call("retrain", "a/filters-taylor-0.5.pt", "--epochs", 1, "--schedule", "lr_rewind")[0] == 0
+        assert call("retrain", "a/filters-taylor-0.5.pt", "--epochs", 1,
+                    "--schedule", "lr_rewind")[0] == 0
         assert retrain.read_rows("a/results.jsonl")[0]["curve"][0]["lr"] == pytest.approx(0.001)
 
 
@@ -944,7 +981,8 @@ def test_finetune_at_several_budgets_is_one_run(tmp_path):
     pruned = {**prune.prune(dense_checkpoint("resnet8"), how()), "test_accuracy": 10.0}
     args = type("Args", (), {"dry_run": False, "lr": None, "end_lr": None, "cycle_momentum": True,
                              "resume": False, "save_every": 0})
-    long, short = (retrain.Run(str(tmp_path / "p.pt"), pruned, "finetune", t, 0, args, CPU) for t in (3, 2))
+    long, short = (retrain.Run(str(tmp_path / "p.pt"), pruned, "finetune", t, 0, args, CPU)
+                   for t in (3, 2))
     long(args, CPU, data, [1, 2, 3])
     rows = {r["budget"]: r for r in retrain.read_rows(tmp_path / "results.jsonl")}
     assert sorted(rows) == [1, 2, 3] and rows[2]["run"] == short.id
@@ -956,8 +994,9 @@ def test_finetune_at_several_budgets_is_one_run(tmp_path):
 def test_torchrun_computes_what_one_process_computes(tmp_path, monkeypatch):
     """Two processes, gloo: losses of five one-step epochs, test counts, and one set of files.
 
-    Batch norm uses its running statistics here (a patch in the driver), because each process would see
-    only its own half of the batch: so the statistics are the same in both runs, as the claim wants."""
+    Batch norm uses its running statistics here (a patch in the driver), because each process would
+    see only its own half of the batch: so the statistics are the same in both runs, as the claim
+    wants."""
     def frozen(self, x):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
     driver = tmp_path / "driver.py"
@@ -974,8 +1013,8 @@ def test_torchrun_computes_what_one_process_computes(tmp_path, monkeypatch):
         patch.setattr(torch.nn.BatchNorm2d, "forward", frozen)
         assert call("train", *argv, "--out", tmp_path / "one")[0] == 0
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531",
-         str(driver), *argv, "--out", str(tmp_path / "two")],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         "--master-port", "29531", str(driver), *argv, "--out", str(tmp_path / "two")],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Wrote") == 1
@@ -983,23 +1022,25 @@ def test_torchrun_computes_what_one_process_computes(tmp_path, monkeypatch):
     for one, two in zip(*curves):
         assert one["train_loss"] == pytest.approx(two["train_loss"], abs=1e-4)
         assert one["test_accuracy"] == two["test_accuracy"]
-    assert len({p["train_loss"] for p in curves[0]}) == 5                      # each step changed it
+    assert len({p["train_loss"] for p in curves[0]}) == 5                     # each step changed it
     assert sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(tmp_path / "two"))
 
 
 # ---- verdicts ------------------------------------------------------------------------------------
 
 def test_students_t_quantiles():
-    for freedom, value in ((1, 12.7062), (2, 4.30265), (4, 2.77645), (9, 2.26216), (30, 2.04227), (1000, 1.96234)):
+    for freedom, value in ((1, 12.7062), (2, 4.30265), (4, 2.77645), (9, 2.26216), (30, 2.04227),
+                           (1000, 1.96234)):
         assert retrain.t_quantile(freedom) == pytest.approx(value, rel=1e-4)
 
 
 def made_up(method, schedule, accuracies, budget=40, dense=93.0):
-    return [{"run": f"{method}{schedule}{budget}{seed}", "dataset": "cifar10", "arch": "resnet56", "plan": "B",
-             "method": method, "structure": "filters", "scope": "layer", "sparsity": None, "round": 1,
-             "include_linear": False, "schedule": schedule, "budget": budget, "epochs": budget, "seed": seed,
-             "lr": None, "end_lr": None, "cycle_momentum": None, "dense": "d", "pruning_seed": 0,
-             "test_accuracy": a, "dense_test_accuracy": dense, "recipe": CIFAR} for seed, a in enumerate(accuracies)]
+    return [{"run": f"{method}{schedule}{budget}{seed}", "dataset": "cifar10", "arch": "resnet56",
+             "plan": "B", "method": method, "structure": "filters", "scope": "layer",
+             "sparsity": None, "round": 1, "include_linear": False, "schedule": schedule,
+             "budget": budget, "epochs": budget, "seed": seed, "lr": None, "end_lr": None,
+             "cycle_momentum": None, "dense": "d", "pruning_seed": 0, "test_accuracy": a,
+             "dense_test_accuracy": dense, "recipe": CIFAR} for seed, a in enumerate(accuracies)]
 
 
 def lines_of(rows, claim):
@@ -1007,17 +1048,22 @@ def lines_of(rows, claim):
 
 
 def test_verdicts_on_made_up_rows():
-    rows = (made_up("magnitude", "finetune", [92.5, 92.6, 92.4]) + made_up("magnitude", "one_cycle", [93.1, 93.2, 93.0])
-            + made_up("magnitude", "slr", [92.4, 92.7, 92.4]) + made_up("random", "one_cycle", [92.9])
-            + made_up("random", "finetune", [92.0]))
-    assert "**yes** +0.60 [+0.60, +0.60], n = 3" in lines_of(rows, "C2 CLR > FT (magnitude)")[0]     # a clear win
+    rows = (made_up("magnitude", "finetune", [92.5, 92.6, 92.4])
+            + made_up("magnitude", "one_cycle", [93.1, 93.2, 93.0])
+            + made_up("magnitude", "slr", [92.4, 92.7, 92.4])
+            + made_up("random", "one_cycle", [92.9]) + made_up("random", "finetune", [92.0]))
+    win = lines_of(rows, "C2 CLR > FT (magnitude)")[0]
+    assert "**yes** +0.60 [+0.60, +0.60], n = 3" in win                       # a clear win
     tie = lines_of(rows, "C1 SLR > FT (magnitude)")[0]
     assert "not decided +0.00 [-0.25, +0.25], n = 3" in tie                   # sd 0.1, t = 4.303
-    assert "n = 1 (+0.40)" in lines_of(rows, "C6 random + CLR > magnitude")[0] and "not decided" in lines_of(rows, "C6")[0]
+    assert "n = 1 (+0.40)" in lines_of(rows, "C6 random + CLR > magnitude")[0]
+    assert "not decided" in lines_of(rows, "C6")[0]
     assert "an arm is missing" in lines_of(rows, "C1 LRW > FT (magnitude)")[0]
-    worse = made_up("magnitude", "finetune", [93, 93, 93]) + made_up("magnitude", "one_cycle", [92, 92.1, 91.9])
+    worse = (made_up("magnitude", "finetune", [93, 93, 93])
+             + made_up("magnitude", "one_cycle", [92, 92.1, 91.9]))
     assert "**no, reversed** -1.00" in lines_of(worse, "C2 CLR > FT")[0]
-    flat = made_up("magnitude", "finetune", [93, 92, 93.5]) + made_up("magnitude", "finetune", [93, 92.1, 93.4], 152)
+    flat = (made_up("magnitude", "finetune", [93, 92, 93.5])
+            + made_up("magnitude", "finetune", [93, 92.1, 93.4], 152))
     assert "**consistent**" in lines_of(flat, "C3")[0]
 
 
@@ -1028,7 +1074,8 @@ def test_pairs_are_of_one_seed_and_one_dense_network():
 
 def test_charts_name_what_they_draw():
     text = retrain.chart("Title", "epoch", [0, 1], "y", {"finetune": [1, 2], "one_cycle": [3, 1]})
-    assert "blue finetune, red one_cycle" in text and re.search(r"line \[1, 2\]\n +line \[3, 1\]", text)
+    assert "blue finetune, red one_cycle" in text
+    assert re.search(r"line \[1, 2\]\n +line \[3, 1\]", text)
 
 
 # ---- 1: resuming ---------------------------------------------------------------------------------
@@ -1143,14 +1190,16 @@ def test_a_second_signal_exits_at_once():
 # ---- 2, 3: files ---------------------------------------------------------------------------------
 
 def kill_writers(folder, kills):
-    """Kill a process that writes checkpoints at a random moment, `kills` times; the file on disk must
-    always be a whole one, and one that was begun. Returns how many different ones were seen."""
+    """Kill a process that writes checkpoints at a random moment, `kills` times; the file on disk
+    must always be a whole one, and one that was begun. Returns how many different ones were seen.
+    """
     path, draw, seen = folder / "state.pt", random.Random(0), set()
     whole = models.read(study() / "run" / "dense.pt")
 
     def work():
         for n in itertools.count(1):
-            models.save(path, {**whole, "classes": n, "model": {"w": torch.full((20_000,), float(n))}})
+            models.save(path, {**whole, "classes": n,
+                               "model": {"w": torch.full((20_000,), float(n))}})
     for _ in range(kills):
         child = fork(work)
         while not path.exists():
@@ -1182,7 +1231,8 @@ def test_a_damaged_checkpoint_is_refused_or_the_same(tmp_path):
     path.write_bytes(whole)
     right = content(tmp_path)
     damaged = [(n, 1 << draw.randrange(8)) for n in draw.sample(range(len(whole)), 400)]
-    damaged += [(n, 255) for n in draw.sample(range(len(whole) - 6000, len(whole)), 100)]  # the index
+    index = range(len(whole) - 6000, len(whole))
+    damaged += [(n, 255) for n in draw.sample(index, 100)]
     cuts = [0, 1, len(whole) - 1] + draw.sample(range(len(whole)), 97)
     for data in itertools.chain((whole[:n] + bytes([whole[n] ^ bit]) + whole[n + 1:]
                                  for n, bit in damaged), (whole[:n] for n in cuts)):
@@ -1236,8 +1286,8 @@ def test_plain_torch_load_opens_every_file(tmp_path):
 # ---- the disk, the loss --------------------------------------------------------------------------
 
 def test_a_full_disk_leaves_the_last_state(tmp_path):
-    """A write that does not fit (here: a limit on the size of a file) is one line, and the state that
-    was there before is there still, so that the run can go on when there is room again."""
+    """A write that does not fit (here: a limit on the size of a file) is one line, and the state
+    that was there before is there still, so that the run can go on when there is room again."""
     argv = arm_of(tmp_path, "dense", None)
     with signal_at(2):
         call(*argv)
@@ -1301,14 +1351,14 @@ def test_a_full_disk_under_the_output_is_one_line():
 
 @pytest.mark.parametrize("what, step", [("loss", 8), ("weights", 9)])
 def test_a_run_that_diverges_stops_with_its_last_good_state(tmp_path, what, step):
-    """Non-finite numbers are never saved: neither behind a bad loss, nor when the very last step, whose
-    loss was still good, broke the weights."""
+    """Non-finite numbers are never saved: neither behind a bad loss, nor when the very last step,
+    whose loss was still good, broke the weights."""
     argv, real, seen = arm_of(tmp_path, "dense", None), train.train_step, []
 
     def train_step(forward, optimizer, x, y, *rest):
         seen.append(len(seen))
-        out = real(forward, optimizer, x * (float("nan") if what == "loss" and seen[-1] == step else 1),
-                   y, *rest)
+        factor = float("nan") if what == "loss" and seen[-1] == step else 1
+        out = real(forward, optimizer, x * factor, y, *rest)
         if what == "weights" and seen[-1] == step:
             optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
         return out
@@ -1318,8 +1368,9 @@ def test_a_run_that_diverges_stops_with_its_last_good_state(tmp_path, what, step
     finally:
         train.train_step = real
     assert status == 2 and err.count("\n") == 1
-    assert f"the {what}" in err and f"at epoch 2, step {step - 4}" in err and "dense.state.pt" in err
-    assert models.read(tmp_path / "run" / "dense.state.pt")["epoch"] == 1     # finite: read checks it
+    assert f"the {what}" in err and f"at epoch 2, step {step - 4}" in err
+    assert "dense.state.pt" in err
+    assert models.read(tmp_path / "run" / "dense.state.pt")["epoch"] == 1   # finite: read checks it
     assert not (tmp_path / "run" / "dense.pt").exists()
     assert call(*argv, "--resume")[0] == 0
     assert differing(uninterrupted("dense", None), content(tmp_path / "run")) == []
@@ -1426,7 +1477,8 @@ def bad_things():
     model = dense["model"]
 
     def other(**tensors):
-        return changed(dense, model={**model, **{k.replace("_", "."): v for k, v in tensors.items()}})
+        named = {k.replace("_", "."): v for k, v in tensors.items()}
+        return changed(dense, model={**model, **named})
     files = {
         "list": [1, 2], "foreign": {"a": 1}, "format": changed(dense, format=2),
         "odd": changed(dense, format=torch.ones(2)), "nokind": changed(dense, kind=None),
@@ -1436,12 +1488,15 @@ def bad_things():
         "dataset": changed(dense, recipe={**dense["recipe"], "dataset": "mnist"}),
         "arch": changed(dense, arch="resnet20"), "noarch": changed(dense, arch="alexnet"),
         "classes": changed(dense, classes=-3), "side": changed(dense, side="8"),
-        "shape": other(conv1_weight=torch.ones(15, 3, 3, 3)), "nan": other(fc_bias=torch.full((2,), np.nan)),
+        "shape": other(conv1_weight=torch.ones(15, 3, 3, 3)),
+        "nan": other(fc_bias=torch.full((2,), np.nan)),
         "double": other(conv1_weight=torch.ones(16, 3, 3, 3, dtype=torch.float64)),
         "missing": changed(dense, model={k: v for k, v in model.items() if k != "fc.weight"}),
-        "sparse": other(fc_weight=torch.ones(2, 64).to_sparse()), "scalar": other(fc_weight=torch.ones(())),
+        "sparse": other(fc_weight=torch.ones(2, 64).to_sparse()),
+        "scalar": other(fc_weight=torch.ones(())),
         "text-tensor": other(fc_weight="hello"), "distance": changed(pruned, distance=float("nan")),
-        "kept": changed(pruned, kept=None), "pruning": changed(pruned, pruning={"method": "magnitude"}),
+        "kept": changed(pruned, kept=None),
+        "pruning": changed(pruned, pruning={"method": "magnitude"}),
         "dense-ten": changed(dense, classes=10, model={**model, "fc.weight": torch.ones(10, 64),
                                                        "fc.bias": torch.ones(10)}),
         "imagenet": changed(dense, arch="resnet18")}
@@ -1459,14 +1514,15 @@ def bad_things():
 
     (folder / "nothing").mkdir()
     sets = {name: pictures(folder / name / "train", {"a": 2, "b": 2}).parent / name for name in
-            ("corrupt", "wide", "sizes", "classes3", "names", "emptyclass", "notest", "textfile", "tiny",
-             "bigcorrupt", "testsize")}
+            ("corrupt", "wide", "sizes", "classes3", "names", "emptyclass", "notest", "textfile",
+             "tiny", "bigcorrupt", "testsize")}
     for name in set(sets) - {"notest", "classes3", "names", "testsize"}:
         pictures(folder / name / "test", {"a": 2, "b": 2})
     pictures(folder / "classes3" / "test", {"a": 1, "b": 1, "c": 1})
     pictures(folder / "names" / "test", {"b": 1, "c": 1})
     pictures(folder / "testsize" / "test", {"a": 1, "b": 1}, side=9)
-    (folder / "corrupt/train/b/1.png").write_bytes((folder / "corrupt/train/b/0.png").read_bytes()[:99])
+    good = (folder / "corrupt/train/b/0.png").read_bytes()
+    (folder / "corrupt/train/b/1.png").write_bytes(good[:99])
     (folder / "textfile/train/a/notes.png").write_text("not an image")
     Image.new("RGB", (9, 8)).save(folder / "wide/train/a/1.png")
     Image.new("RGB", (9, 9)).save(folder / "sizes/train/a/1.png")
@@ -1477,8 +1533,8 @@ def bad_things():
     for name, text in {"torn": '{"run": "1"\n', "keys": '{"run": "1", "schedule": "slr"}\n',
                        "bytes": b"\xff\xfe\x00\n", "deep": "[" * 100_000 + "\n", "blank": "\n",
                        "type": json.dumps({**finished_row(), "test_accuracy": "high"}) + "\n",
-                       "nan-row": json.dumps({**finished_row(), "test_accuracy": float("nan")}) + "\n"
-                       }.items():
+                       "nan-row": json.dumps({**finished_row(), "test_accuracy": float("nan")})
+                       + "\n"}.items():
         (folder / "results" / name).mkdir(parents=True)
         (folder / "results" / name / ".lock").touch()
         (folder / "results" / name / "results.jsonl").write_bytes(
@@ -1633,9 +1689,9 @@ def test_a_corrupt_large_image_is_named_by_a_loading_process(monkeypatch, tmp_pa
     """Decoding happens in other processes; their traceback must not become the message."""
     monkeypatch.chdir(bad_things())
     for workers in (0, 1):
-        status, _, err = call("train", "--dataset", "folder", "--data-dir", "bigcorrupt", "--epochs", 1,
-                              "--milestones", "--batch-size", 2, "--workers", workers,
-                              "--out", tmp_path / str(workers))
+        status, _, err = call("train", "--dataset", "folder", "--data-dir", "bigcorrupt",
+                              "--epochs", 1, "--milestones", "--batch-size", 2,
+                              "--workers", workers, "--out", tmp_path / str(workers))
         assert status == 2 and err.count("\n") == 1 and "Traceback" not in err
         assert "error: bigcorrupt/test/b/1.png: not a readable image" in err
 
@@ -1647,12 +1703,14 @@ def ten_losses(name):
     images, labels = train.shapes(80, 3)
     images = torch.nn.functional.interpolate(images.float(), size=16).to(torch.uint8)
     data = train.Data((torch.nn.functional.pad(images, (4,) * 4), labels),
-                      (images[:2], labels[:2]), (images[:0], labels[:0]), 16, 10, [0.5] * 3, [0.25] * 3)
+                      (images[:2], labels[:2]), (images[:0], labels[:0]), 16, 10,
+                      [0.5] * 3, [0.25] * 3)
     recipe = {"schedule": name, "epochs": 4, "lr": 0.01, "milestones": [2, 3], "momentum": 0.9}
     if name in schedules.DENSE and name != "one_cycle" and name != "linear":
         at = schedules.dense({**recipe, "epochs": 2, "milestones": [1]}, 5)
     else:
-        at = schedules.retrain(name, 2, 5, {**recipe, "schedule": "step"}, distance=0.6, removed=0.5)
+        at = schedules.retrain(name, 2, 5, {**recipe, "schedule": "step"}, distance=0.6,
+                               removed=0.5)
     losses, real = [], train.train_step
 
     def train_step(*args, **named):
