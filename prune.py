@@ -3,8 +3,7 @@
 
     python prune.py                                              # half the filters, L1 and random
     python prune.py runs/cifar10-resnet56-s0/dense.pt --plan B   # the paper's PFEC-B
-    python prune.py CHECKPOINT --structure weights --sparsity 0.9 \
-        --method magnitude taylor obd random
+    python prune.py DENSE.pt --structure weights --sparsity 0.9 --method magnitude taylor obd
 
 Filters are removed physically: the network becomes smaller and computes what the masked original
 computes. Weights are set to 0 and stay 0 in retraining. A pruned or retrained checkpoint can be
