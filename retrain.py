@@ -89,6 +89,11 @@ def budget(schedule, epochs, checkpoint):
     return epochs
 
 
+def run_id(settings):
+    """16 hex digits that identify what defines a run."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
 class Run:
     """One retraining: what defines it (`settings`), its id, and where its files are."""
     def __init__(self, path, checkpoint, schedule, epochs, seed, args, machine):
@@ -96,7 +101,7 @@ class Run:
         self.path, self.checkpoint = path, checkpoint
         self.folder = os.path.dirname(path) or "."
         dry = args.dry_run
-        self.epochs = min(epochs, 2) if dry else epochs
+        self.asked, self.epochs = epochs, min(epochs, 2) if dry else epochs
         trained = budget(schedule, self.epochs, checkpoint)
         self.settings = {
             "pruned": models.digest(checkpoint["model"]), "dense": checkpoint["dense_id"],
@@ -108,13 +113,12 @@ class Run:
             "batch_size": recipe["batch_size"], "weight_decay": recipe["weight_decay"],
             "subset": recipe["subset"], "val_size": recipe["val_size"],
             "precision": "bf16" if machine.bf16 else "fp32", "dry_run": dry or recipe["dry_run"]}
-        text = json.dumps(self.settings, sort_keys=True)
-        self.id = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.id = run_id(self.settings)
         self.name = f"{os.path.basename(path)[:-3]}-{schedule}-t{self.epochs}-s{seed}-{self.id[:6]}"
         self.target = os.path.join(self.folder, self.name + ".pt")
         self.state = os.path.join(self.folder, self.name + ".state.pt")
         if schedule == "weight_rewind":        # refuse before anything is trained
-            rewind_point(checkpoint, self.epochs, self.folder)
+            rewind_point(checkpoint, self.asked, self.folder)
 
     def schedule(self, steps):
         s, c = self.settings, self.checkpoint
@@ -123,16 +127,14 @@ class Run:
                                  c["removed"])
 
     def rows(self, curve, seconds, machine, budgets):
-        """The result rows: one, or for finetune one for each budget that the longest run contains.
-        """
+        """The result rows: one, or for finetune one for each budget within the longest run."""
         c, pruning = self.checkpoint, self.checkpoint["pruning"]
         sparsity = pruning["sparsity"]
         for t in budgets:
             part = curve[:t] if self.settings["schedule"] == "finetune" else curve
             settings = {**self.settings, "budget": t, "epochs": len(part)}
-            text = json.dumps(settings, sort_keys=True)
             yield {
-                "run": hashlib.sha256(text.encode()).hexdigest()[:16],
+                "run": run_id(settings),
                 "dataset": c["recipe"]["dataset"], "arch": c["arch"], "method": pruning["method"],
                 "structure": pruning["structure"], "plan": pruning["plan"],
                 "scope": pruning["scope"],
@@ -154,7 +156,7 @@ class Run:
     def __call__(self, args, machine, data, budgets):
         """Train (or go on), write the retrained network, then the rows."""
         c, s = self.checkpoint, self.settings
-        network, momentum, masks = start(s["schedule"], self.epochs, c, self.folder, s["seed"])
+        network, momentum, masks = start(s["schedule"], self.asked, c, self.folder, s["seed"])
         steps = math.ceil(len(data.train[1]) / s["batch_size"])
         say(f"{self.name}: {c['params']:,} parameters, {c['macs']:,} MACs, {s['epochs']} epochs")
         curve, seconds = train.fit(network, data, self.schedule(steps), s, machine, self.state,
@@ -554,7 +556,7 @@ def retrain_chain(run, args, machine, data, budgets):
             agree(None, machine)
         if left:
             path, pruned = prune_again(run, args, machine, data)
-            run = Run(path, pruned, run.settings["schedule"], run.settings["budget"],
+            run = Run(path, pruned, run.settings["schedule"], run.asked,
                       run.settings["seed"], args, machine)
 
 
