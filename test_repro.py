@@ -170,9 +170,10 @@ def signal_at(step, number=signal.SIGTERM):
 
 
 def listing(folder):
-    """Every file and folder below `folder`, with its content and time of change."""
-    return {str(p): (p.lstat().st_mtime_ns, p.is_file() and hashlib.sha256(p.read_bytes()).digest())
-            for p in sorted(folder.rglob("*"))}
+    """Every file and folder below `folder`, with its time of change, size and inode."""
+    stats = {p: p.lstat() for p in sorted(folder.rglob("*"))}
+    return {str(p): (s.st_mtime_ns, p.is_file() and (s.st_size, s.st_ino))
+            for p, s in stats.items()}
 
 
 def start(script, *argv, **named):
@@ -879,20 +880,22 @@ def test_evaluation_counts_each_image_once_however_it_is_shared():
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """The three scripts in a row, dry, with every schedule."""
+    """The three scripts in a row, dry, without arguments; then every schedule."""
     with inside(tmp_path_factory.mktemp("dry")) as folder:
         assert call("train", "--dry-run", "--precision", "fp32")[0] == 0
         assert call("prune", "--dry-run")[0] == 0
-        assert call("retrain", "--dry-run", "--precision", "fp32",
-                    "--schedule", *retrain.EVERY)[0] == 0
+        assert call("retrain", "--dry-run", "--precision", "fp32")[0] == 0
+        assert call("retrain", "runs/shapes-resnet8-s0/filters-magnitude-0.5.pt", "--dry-run",
+                    "--precision", "fp32", "--schedule", *retrain.EVERY)[0] == 0
     return folder
 
 
 def test_the_scripts_chain_without_arguments(dry):
     folder = dry / "runs" / "shapes-resnet8-s0"
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert {(r["method"], r["schedule"]) for r in rows} == {
-        (m, s) for m in ("magnitude", "random") for s in retrain.EVERY} and len(rows) == 20
+    assert sorted((r["method"], r["schedule"]) for r in rows) == sorted([
+        *itertools.product(["magnitude"], retrain.EVERY),
+        *itertools.product(["random"], retrain.DEFAULT)])
     wanted = set("method structure sparsity schedule epochs seed test_accuracy dense_test_accuracy "
                  "params macs curve seconds device torch".split())
     for row in rows:
@@ -1152,27 +1155,36 @@ def test_resuming_a_finished_run_prints_its_result(tmp_path, name, pruned):
     assert {k: after[k] for k in before} == before
 
 
+@functools.cache
+def interrupted():
+    """A folder with a dense run interrupted in its second epoch, and `other` images of the form."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    pictures(folder / "other" / "train", {"a": 5, "b": 5}, seed=5)
+    pictures(folder / "other" / "test", {"a": 3, "b": 3}, seed=6)
+    with signal_at(6):
+        assert call(*arm_of(folder, "dense", None))[0] == 143
+    return folder
+
+
 @pytest.mark.parametrize("change, named", [
     (["--lr", 0.2], "lr"), (["--epochs", 3], "epochs"), (["--batch-size", 5], "batch_size"),
     (["--seed", 1], "seed"), (["--schedule", "cosine"], "schedule"), (["--subset", 8], "subset"),
     (["--weight-decay", 0.1], "weight_decay"), (["--momentum", 0.5], "momentum"),
     (["--val-size", 2], "val_size"), (["--precision", "bf16"], "precision"),
     (["--arch", "resnet14"], "arch"), (["--data-dir", "other"], "data")])
-def test_resuming_with_another_setting_is_refused_by_name(tmp_path, monkeypatch, change, named):
+def test_resuming_with_another_setting_is_refused_by_name(monkeypatch, change, named):
     """Half a run at one learning rate and half at another is worth nothing and looks like a run."""
-    monkeypatch.chdir(tmp_path)
-    pictures(tmp_path / "other" / "train", {"a": 5, "b": 5}, seed=5)
-    pictures(tmp_path / "other" / "test", {"a": 3, "b": 3}, seed=6)
-    argv = arm_of(tmp_path, "dense", None)
-    with signal_at(6):
-        call(*argv)
+    folder = interrupted()
+    monkeypatch.chdir(folder)
+    argv = arm_of(folder, "dense", None)
     if "--schedule" in change:                       # milestones belong to the step schedule
         at = argv.index("--milestones")
         argv[at:at + 2] = []
-    before = listing(tmp_path)
+    before = listing(folder)
     status, _, err = call(*argv, *change, "--resume")
     assert status == 2 and err.count("\n") == 1 and re.search(rf"[ ,]{named} \(here ", err)
-    assert listing(tmp_path) == before
+    assert listing(folder) == before
 
 
 def test_a_second_signal_exits_at_once():
