@@ -42,6 +42,7 @@ import schedules
 import train
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)        # networks this small only make two threads wait for each other
 train.shapes = functools.cache(train.shapes)       # a second of work, wanted by many command lines
 
 CIFAR = {"schedule": "step", "epochs": 160, "lr": 0.1, "milestones": [80, 120], "momentum": 0.9}
@@ -994,39 +995,55 @@ def test_finetune_at_several_budgets_is_one_run(tmp_path):
     assert rows[2]["curve"] == curve == rows[3]["curve"][:2] and rows[2]["epochs"] == 2
 
 
-def test_torchrun_computes_what_one_process_computes(tmp_path, monkeypatch):
-    """Two processes, gloo: losses of five one-step epochs, test counts, and one set of files.
+def frozen(self, x):
+    """Batch norm by its running statistics, in training too."""
+    return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
 
-    Batch norm uses its running statistics here (a patch in the driver), because each process would
-    see only its own half of the batch: so the statistics are the same in both runs, as the claim
-    wants."""
-    def frozen(self, x):
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
-    driver = tmp_path / "driver.py"
+
+@pytest.fixture(scope="module", autouse=True)
+def two_processes(request, tmp_path_factory):
+    """(folder, flags, process) of a torchrun started before the first test: it mostly imports,
+    and it runs beside the other tests, on the second core."""
+    name = "test_torchrun_computes_what_one_process_computes"
+    if name not in (item.name for item in request.session.items):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("torchrun")
+    image_folder(folder / "data", count=14)
+    driver = folder / "driver.py"
     driver.write_text(
         f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
-        "import schedules, torch, train\n"
-        "torch.nn.BatchNorm2d.forward = lambda self, x: torch.nn.functional.batch_norm(\n"
-        "    x, self.running_mean, self.running_var, self.weight, self.bias)\n"
+        "import schedules, test_repro, torch, train\n"
+        "torch.nn.BatchNorm2d.forward = test_repro.frozen\n"
         "schedules.command(lambda: train.main(sys.argv[1:]))\n")
-    image_folder(tmp_path / "data", count=14)
     argv = ["--dataset", "folder", "--batch-size", "42", "--epochs", "5", "--precision", "fp32",
-            "--lr", "0.01", "--data-dir", str(tmp_path / "data")]
+            "--lr", "0.01", "--data-dir", str(folder / "data")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(driver), *argv, "--out", str(folder / "two")], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    yield folder, argv, process
+    process.kill()
+
+
+def test_torchrun_computes_what_one_process_computes(two_processes, monkeypatch):
+    """Two processes, gloo: losses of five one-step epochs, test counts, and one set of files.
+
+    Batch norm uses its running statistics here (`frozen`), because each process would see only its
+    own half of the batch: so the statistics are the same in both runs, as the claim wants."""
+    folder, argv, process = two_processes
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.BatchNorm2d, "forward", frozen)
-        assert call("train", *argv, "--out", tmp_path / "one")[0] == 0
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-         "--master-port", "29531", str(driver), *argv, "--out", str(tmp_path / "two")],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Wrote") == 1
-    curves = [torch.load(tmp_path / name / "dense.pt")["curve"] for name in ("one", "two")]
+        assert call("train", *argv, "--out", folder / "one")[0] == 0
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("Wrote") == 1
+    curves = [torch.load(folder / name / "dense.pt")["curve"] for name in ("one", "two")]
     for one, two in zip(*curves):
         assert one["train_loss"] == pytest.approx(two["train_loss"], abs=1e-4)
         assert one["test_accuracy"] == two["test_accuracy"]
     assert len({p["train_loss"] for p in curves[0]}) == 5                     # each step changed it
-    assert sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(tmp_path / "two"))
+    assert sorted(os.listdir(folder / "one")) == sorted(os.listdir(folder / "two"))
 
 
 # ---- verdicts ------------------------------------------------------------------------------------
