@@ -1735,8 +1735,7 @@ BAD += [[f"retrain --report results/{name}", "line 1 is not a result row"]
         for name in ("torn", "keys", "bytes", "deep", "blank", "type", "nan-row")]
 
 
-@pytest.mark.parametrize("line, reason", BAD, ids=[line[:60] for line, _ in BAD])
-def test_bad_input_is_one_line_and_changes_nothing(monkeypatch, line, reason):
+def refuse_bad(monkeypatch, line, reason):
     """Status 2, one line that says what is wrong, no traceback, no file changed or created."""
     monkeypatch.chdir(bad_things())
     script, *argv = line.replace("prune=", "prune =").replace(" =", " ").split(" ")
@@ -1745,6 +1744,19 @@ def test_bad_input_is_one_line_and_changes_nothing(monkeypatch, line, reason):
     assert status == 2 and err.count("\n") == 1 and ": error: " in err, (status, err)
     assert re.search(reason, err) and "Traceback" not in err, err
     assert listing(bad_things()) == before
+
+
+@pytest.mark.parametrize("line, reason", BAD[::2], ids=[line[:60] for line, _ in BAD[::2]])
+def test_bad_input_is_one_line_and_changes_nothing(monkeypatch, line, reason):
+    """Every second line of the table."""
+    refuse_bad(monkeypatch, line, reason)
+
+
+@slow
+@pytest.mark.parametrize("line, reason", BAD[1::2], ids=[line[:60] for line, _ in BAD[1::2]])
+def test_more_bad_input_is_one_line_and_changes_nothing(monkeypatch, line, reason):
+    """The other lines."""
+    refuse_bad(monkeypatch, line, reason)
 
 
 def test_a_corrupt_large_image_is_named_by_a_loading_process(monkeypatch, tmp_path):
