@@ -126,13 +126,20 @@ class Run:
                                  s["end_lr"], s["cycle_momentum"] is not False, c["distance"],
                                  c["removed"])
 
+    def part(self, t):
+        """What defines the row for budget `t`: finetune's shorter runs are the start of this one.
+        """
+        s = self.settings
+        epochs = min(t, s["epochs"]) if s["schedule"] == "finetune" else s["epochs"]
+        return {**s, "budget": t, "epochs": epochs}
+
     def rows(self, curve, seconds, machine, budgets):
         """The result rows: one, or for finetune one for each budget within the longest run."""
         c, pruning = self.checkpoint, self.checkpoint["pruning"]
         sparsity = pruning["sparsity"]
         for t in budgets:
-            part = curve[:t] if self.settings["schedule"] == "finetune" else curve
-            settings = {**self.settings, "budget": t, "epochs": len(part)}
+            settings = self.part(t)
+            part = curve[:settings["epochs"]]
             yield {
                 "run": run_id(settings),
                 "dataset": c["recipe"]["dataset"], "arch": c["arch"], "method": pruning["method"],
@@ -544,8 +551,7 @@ def retrain_chain(run, args, machine, data, budgets):
     for left in reversed(range(args.rounds)):
         with results(run.folder) as path:
             rows = read_rows(path)
-        curve = [{"test_accuracy": 0}] * run.settings["epochs"]
-        wanted = {r["run"] for r in run.rows(curve, 0, machine, budgets)}
+        wanted = {run_id(run.part(t)) for t in budgets}
         done = [r for r in rows if r["run"] in wanted]
         if agree(len(done) == len(wanted), machine):
             say(f"{run.name}: done already, test {done[-1]['test_accuracy']:.2f} %")

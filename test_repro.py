@@ -796,6 +796,58 @@ def test_the_loop_is_plain_sgd(tmp_path):
     assert curve[-1]["test_accuracy"] == 100 * right / 20
 
 
+def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
+    """Values that leave a tensor are as many in an epoch of two steps as in one of eight."""
+    counts = []
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name,
+                            lambda self, *a, plain=plain: counts.append(1) or plain(self, *a))
+    seen = []
+    for batch_size in (16, 4):
+        counts.clear()
+        train.fit(models.build("resnet8", 10), tiny_data(32), lambda step: (0.1, 0.9),
+                  settings(1, batch_size), CPU, str(tmp_path / "s.pt"))
+        seen.append(len(counts))
+    assert seen[0] == seen[1] > 0
+
+
+def test_bf16_leaves_weights_statistics_and_loss_in_float32():
+    """Autocast computes the convolutions in bfloat16 and little else, and the step is the same
+    within its 8 bits."""
+    data, losses, kinds = tiny_data(32), [], []
+    x, y, *_ = next(train.train_batches(data, 0, 0, 32, CPU))
+    for bf16 in (False, True):
+        network = models.build("resnet8", 10, seed=0)
+        network.layer1[0].conv1.register_forward_hook(lambda m, i, out: kinds.append(out.dtype))
+        optimizer = train.optimizer_of(network, 1e-4)
+        optimizer.param_groups[0]["lr"] = 0.01
+        loss = [train.train_step(network, optimizer, x, y, CPU._replace(bf16=bf16))[0]
+                for _ in range(3)]
+        losses.append(torch.stack(loss))
+    tensors = [*network.state_dict().values(), *(s["momentum_buffer"] for s in
+                                                 optimizer.state.values()), *loss]
+    assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float32}
+    assert kinds == 3 * [torch.float32] + 3 * [torch.bfloat16]
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0.02)
+    assert not torch.equal(losses[1], losses[0])
+
+
+def test_the_benchmark_prints_a_table(monkeypatch):
+    monkeypatch.setattr(train.benchmark, "__defaults__", (1, 2))        # one round of two steps
+    status, out, err = call("train", "--benchmark", "--batch-size", 8, "--device", "cpu",
+                            "--precision", "fp32")
+    assert (status, err) == (0, "")
+    rows = [line.split("|")[1:-1] for line in out.splitlines() if line[:1] == "|"]
+    assert {len(row) for row in rows} == {9}
+    assert [row[0].strip() for row in rows[2:]] == ["dense", "masked", "half the filters"]
+    for _, speed, bound, to_bound, plain, to_plain, step, share, memory in rows[2:]:
+        assert float(step) == pytest.approx(8000 / float(speed), rel=0.05)
+        assert float(to_bound) == pytest.approx(float(speed) / float(bound), rel=0.05)
+        assert float(to_plain) == pytest.approx(float(speed) / float(plain), rel=0.05)
+        assert 0 < float(share.strip().rstrip("%")) < 100 and float(memory) > 0
+
+
 @pytest.mark.parametrize("schedule", ["finetune", "one_cycle"])
 def test_pruned_weights_stay_exactly_zero(tmp_path, schedule):
     """With momentum and weight decay; torch's masks as the oracle, in training too."""

@@ -492,11 +492,13 @@ def evaluate(network, data, machine, split="test"):
     return 100 * right.item() / len(labels)
 
 
-def wants_compile(machine, steps):
-    """Compiling costs half a minute or more. It should pay in long runs on a GPU, where a small
-    network waits for kernel launches (not measured yet); on a CPU it gains 3-13 %: only on request.
-    """
-    return machine.compile == "on" or machine.compile == "auto" and machine.cuda and steps >= 10_000
+def fastest(network, machine, steps):
+    """`network`, compiled if asked for. Compiling costs half a minute or more. auto: only in long
+    runs on a GPU, where a small network waits for kernel launches, which a CUDA graph replays (not
+    measured yet)."""
+    if machine.compile == "on" or machine.compile == "auto" and machine.cuda and steps >= 10_000:
+        return torch.compile(network, mode="reduce-overhead" if machine.cuda else None)
+    return network
 
 
 def optimizer_of(network, weight_decay, momentum=None):
@@ -566,11 +568,10 @@ def fit(network, data, schedule, settings, machine, state_path, *, resume=False,
         weights = dict(network.named_parameters())
         masks = ([weights[n].data for n in masks],
                  [torch.empty_like(weights[n].data).copy_(m) for n, m in masks.items()])
-    forward = whole = network
+    whole = network
     if machine.world > 1:
-        forward = whole = torch.nn.parallel.DistributedDataParallel(network)
-    if wants_compile(machine, epochs * steps):
-        forward = torch.compile(whole, mode="reduce-overhead" if machine.cuda else None)
+        whole = torch.nn.parallel.DistributedDataParallel(network)
+    forward = fastest(whole, machine, epochs * steps)
     full = len(range(machine.rank, batch_size, machine.world))
     start = time.perf_counter()
 
@@ -704,13 +705,45 @@ def clock(work, machine):
     return time.perf_counter() - start
 
 
+def plain_loop(network, data, batch_size, machine):
+    """The loop everybody writes, as the yardstick: PIL images through torchvision's transforms in a
+    DataLoader with two workers, float32, contiguous tensors, `.item()` at each step. Endless; each
+    next() is a step."""
+    from torchvision import transforms
+    transform = transforms.Compose([
+        transforms.ToPILImage(), transforms.RandomCrop(data.side, PAD),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+        transforms.Normalize(data.mean, data.std)])
+
+    def collate(items):
+        return torch.stack([transform(x) for x, _ in items]), torch.stack([y for _, y in items])
+    images, labels = (t.cpu() for t in data.train)
+    loader = torch.utils.data.DataLoader(
+        list(zip(images[:, :, PAD:-PAD, PAD:-PAD], labels)), batch_size, shuffle=True,
+        drop_last=True, num_workers=2, collate_fn=collate, pin_memory=machine.cuda)
+    network.to(machine.device).train()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=1e-4)
+    total = 0.0
+    while True:
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(network(x.to(machine.device)), y.to(machine.device))
+            total += loss.item()
+            loss.backward()
+            optimizer.step()
+            yield
+
+
 def benchmark(args, machine, rounds=7, steps=10):
-    """train.py --benchmark: the training step with its data against the same step on one fixed
-    batch, for the dense network, one with a mask, and one with half of its filters. The two
-    alternate; medians."""
+    """train.py --benchmark: the training step with its data, the same step on one fixed batch, and
+    the step of the plain loop, for the dense network, one with a mask, and one with half of its
+    filters. They alternate; medians."""
     recipe = the_recipe(args)
     data = load_data(recipe, args.data_dir or "data", machine.device)
     size = recipe["batch_size"]
+    if isinstance(data.train[0], list):
+        raise Refused("argument --benchmark: is for images of up to "
+                      f"{LARGEST_RESIDENT} pixels, which stay on the device")
     if len(data.train[1]) < size:
         raise Refused(f"argument --batch-size: {size}, but there are {len(data.train[1])} images")
     network = models.build(args.arch, data.classes)
@@ -719,17 +752,18 @@ def benchmark(args, machine, rounds=7, steps=10):
         u.conv: torch.arange(network.get_submodule(u.conv).out_channels // 2) for u in units}))
     peak = matrix_peak(machine)
     say(f"{args.arch}, batch {size}, {'bf16' if machine.bf16 else 'fp32'}, {device_name(machine)}; "
-        f"matrix product peak {peak / 1e12:.2f} TFLOP/s\n\n"
-        "| network | images/s | on one fixed batch | ratio | step, ms | share of peak | "
-        "peak memory, MiB |\n|---|---|---|---|---|---|---|")
+        f"matrix product peak {peak / 1e12:.2f} TFLOP/s. Images/s:\n\n"
+        "| network | training | on one fixed batch | ratio | plain loop | ratio | step, ms | "
+        "share of peak | peak memory, MiB |\n|---|---|---|---|---|---|---|---|---|")
     for name, net in (("dense", network), ("masked", copy.deepcopy(network)),
                       ("half the filters", half)):
+        plain = plain_loop(copy.deepcopy(net), data, size, machine)
         net.to(machine.device, memory_format=torch.channels_last).train()
         optimizer, masks = optimizer_of(net, recipe["weight_decay"]), None
         if name == "masked":
             weights = [net.get_parameter(n).data for n in models.weight_names(net)]
             masks = weights, [(torch.rand_like(w) < 0.1).to(w.dtype) for w in weights]
-        forward = torch.compile(net) if wants_compile(machine, rounds * steps) else net
+        forward = fastest(net, machine, rounds * steps)
 
         def endless():
             for epoch in itertools.count():
@@ -741,16 +775,19 @@ def benchmark(args, machine, rounds=7, steps=10):
         runs = [lambda: [train_step(forward, optimizer, *next(batches), machine, 1.0, masks)
                          for _ in range(steps)],
                 lambda: [train_step(forward, optimizer, *fixed, machine, 1.0, masks)
-                         for _ in range(steps)]]
-        runs[0]()
-        times = [[clock(r, machine) for r in runs] for _ in range(rounds)]
-        seconds, bound = (statistics.median(t) / steps for t in zip(*times))
-        ratio = statistics.median(b / a for a, b in times)
+                         for _ in range(steps)],
+                lambda: [next(plain) for _ in range(steps)]]
+        for run in runs:
+            run()
+        times = [[clock(run, machine) for run in runs] for _ in range(rounds)]
+        seconds, bound, slow = (statistics.median(t) / steps for t in zip(*times))
+        to_bound, to_plain = (statistics.median(t[k] / t[0] for t in times) for k in (1, 2))
         memory = (torch.cuda.max_memory_allocated() if machine.cuda
                   else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 20
         work = 6 * models.count(net, data.side)[1] * size         # forward and twice that backward
-        say(f"| {name} | {size / seconds:.0f} | {size / bound:.0f} | {ratio:.3f} | "
-            f"{1000 * seconds:.1f} | {work / seconds / peak:.1%} | {memory:.0f} |")
+        say(f"| {name} | {size / seconds:.0f} | {size / bound:.0f} | {to_bound:.3f} | "
+            f"{size / slow:.0f} | {to_plain:.2f} | {1000 * seconds:.1f} | "
+            f"{work / seconds / peak:.1%} | {memory:.0f} |")
 
 
 # ---- the dense run -------------------------------------------------------------------------------
