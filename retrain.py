@@ -390,6 +390,10 @@ def claims(rows):
             signs += [np.mean(gain) > 0] if gain else []
             for rival in ("lr_rewind", "weight_rewind", "slr"):
                 say_it(f"C2 CLR > {rival} ({m})", (m, "one_cycle"), (m, rival))
+            changed = {arm(r) for r in part if r["method"] == m and r["schedule"] == "one_cycle"}
+            for name in in_order(changed - {"one_cycle"}):     # what does the gain come from?
+                for rival in ("one_cycle", "slr", "finetune"):
+                    say_it(f"control: {name} > {rival} ({m})", (m, name), (m, rival))
             by_budget = {t: {(r["dense"], r["seed"]): r["test_accuracy"] for r in same
                              if r["method"] == m and arm(r) == "finetune"}
                          for t, same in sorted(budgets.items())}

@@ -1136,6 +1136,12 @@ def test_verdicts_on_made_up_rows():
     flat = (made_up("magnitude", "finetune", [93, 92, 93.5])
             + made_up("magnitude", "finetune", [93, 92.1, 93.4], 152))
     assert "**consistent**" in lines_of(flat, "C3")[0]
+    control = [{**r, "end_lr": 0.001, "cycle_momentum": False}
+               for r in made_up("magnitude", "one_cycle", [92.9, 93.0, 92.7])]
+    changed = "control: one_cycle end=0.001 flat-momentum > "
+    assert "**no, reversed** -0.23" in lines_of(rows + control, changed + "one_cycle")[0]
+    assert "**yes** +0.37 [+0.08, +0.65]" in lines_of(rows + control, changed + "slr")[0]
+    assert not lines_of(rows, "control")
 
 
 def test_pairs_are_of_one_seed_and_one_dense_network():

@@ -190,18 +190,13 @@ def resident(paths):
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
-def load_data(recipe, data_dir, device, dry_run=False, checkpoint=None, training=True):
-    """The data set recipe["dataset"] with recipe["subset"] training images (None: all), as `Data`.
-
-    checkpoint: one whose classes, size and normalisation are to be used. training=False: only the
-    test images; needs a checkpoint.
-    Raises Refused where the folder, its images or the wanted sizes do not fit."""
-    name, large = recipe["dataset"], False
+def source(name, data_dir):
+    """(labels, fetch, classes, large) of a data set: for its training and its test images the
+    labels, and a function from indices to images; `large` says whether those are file paths."""
     if name == "shapes":
         sets = [shapes(n, seed) for n, seed in ((4000, 0), (2000, 1))]
-        fetch = [lambda i, x=x: x[i] for x, _ in sets]
-        labels, classes = [y.numpy() for _, y in sets], 10
-    elif name in ("cifar10", "cifar100"):
+        return [y.numpy() for _, y in sets], [lambda i, x=x: x[i] for x, _ in sets], 10, False
+    if name in ("cifar10", "cifar100"):
         from torchvision import datasets
         try:
             sets = [getattr(datasets, name.upper())(data_dir, train, download=True)
@@ -210,18 +205,34 @@ def load_data(recipe, data_dir, device, dry_run=False, checkpoint=None, training
             raise Refused(f"argument --data-dir: {name} is not in {data_dir} and could not be "
                           f"downloaded ({problem})") from None
         fetch = [lambda i, s=s: torch.from_numpy(s.data[i]).permute(0, 3, 1, 2) for s in sets]
-        labels, classes = [np.array(s.targets) for s in sets], len(sets[0].classes)
-    else:
-        splits = [folder_split(data_dir, names) for names in (("train",), ("test", "val"))]
-        labels, classes = [s[1] for s in splits], len(splits[0][2])
-        odd = sorted(set(splits[0][2]) ^ set(splits[1][2]))
-        if odd:               # as many, but others: the labels would be silently wrong
-            raise Refused(f"argument --data-dir: {data_dir} has other classes for training than "
-                          f"for test, {odd[0]!r} for one")
-        large = max(decode(splits[0][0][0]).size) > LARGEST_RESIDENT
-        fetch = [lambda i, p=p: [p[k] for k in i] if large else resident([p[k] for k in i])
-                 for p, _, _ in splits]
+        return [np.array(s.targets) for s in sets], fetch, len(sets[0].classes), False
+    splits = [folder_split(data_dir, names) for names in (("train",), ("test", "val"))]
+    odd = sorted(set(splits[0][2]) ^ set(splits[1][2]))
+    if odd:               # as many, but others: the labels would be silently wrong
+        raise Refused(f"argument --data-dir: {data_dir} has other classes for training than "
+                      f"for test, {odd[0]!r} for one")
+    large = max(decode(splits[0][0][0]).size) > LARGEST_RESIDENT
+    fetch = [lambda i, p=p: [p[k] for k in i] if large else resident([p[k] for k in i])
+             for p, _, _ in splits]
+    return [s[1] for s in splits], fetch, len(splits[0][2]), large
 
+
+def statistics_of(images):
+    """Mean and std of each channel of uint8 images, exact, from its histogram."""
+    levels = torch.stack([torch.bincount(images[:, c].reshape(-1).int(), minlength=256)
+                          for c in range(3)]).double()
+    share, level = levels / levels.sum(1, keepdim=True), torch.arange(256).double() / 255
+    mean = (share @ level).tolist()
+    return mean, (share @ level ** 2 - torch.tensor(mean) ** 2).clamp(min=1e-4).sqrt().tolist()
+
+
+def load_data(recipe, data_dir, device, dry_run=False, checkpoint=None, training=True):
+    """The data set recipe["dataset"] with recipe["subset"] training images (None: all), as `Data`.
+
+    checkpoint: one whose classes, size and normalisation are to be used. training=False: only the
+    test images; needs a checkpoint.
+    Raises Refused where the folder, its images or the wanted sizes do not fit."""
+    labels, fetch, classes, large = source(recipe["dataset"], data_dir)
     rest, val = np.arange(len(labels[0])), np.arange(0)
     if recipe["val_size"]:
         val = balanced(labels[0], recipe["val_size"], "--val-size")
@@ -236,9 +247,9 @@ def load_data(recipe, data_dir, device, dry_run=False, checkpoint=None, training
     test = np.arange(len(labels[1]))
     if dry_run:
         test = test[::max(1, len(test) // 64)][:64]
-
     if not training:
         rest = rest[:0]
+
     images = [fetch[k](i) if len(i) else None for k, i in ((0, rest), (1, test), (0, val))]
     y = [torch.from_numpy(labels[k][i]).to(device) for k, i in ((0, rest), (1, test), (0, val))]
     side = 224 if large else images[1].shape[-1]
@@ -253,14 +264,10 @@ def load_data(recipe, data_dir, device, dry_run=False, checkpoint=None, training
         mean, std = checkpoint["mean"], checkpoint["std"]
     elif large:
         mean, std = IMAGENET_STATISTICS
-    elif name in ("cifar10", "cifar100"):
+    elif recipe["dataset"] in ("cifar10", "cifar100"):
         mean, std = CIFAR_STATISTICS
-    else:                     # exact, from the histogram of each channel
-        levels = torch.stack([torch.bincount(images[0][:, c].reshape(-1).int(), minlength=256)
-                              for c in range(3)]).double()
-        share, level = levels / levels.sum(1, keepdim=True), torch.arange(256).double() / 255
-        mean = (share @ level).tolist()
-        std = (share @ level ** 2 - torch.tensor(mean) ** 2).clamp(min=1e-4).sqrt().tolist()
+    else:
+        mean, std = statistics_of(images[0])
     if not large:
         if images[0] is not None:
             images[0] = F.pad(images[0], (PAD,) * 4)
@@ -529,6 +536,26 @@ def train_step(forward, optimizer, x, y, machine, weight=1.0, masks=None):
     return loss.detach(), (out.detach().argmax(1) == y).sum()
 
 
+def momentum_of(network, optimizer):
+    """{parameter name: its momentum buffer}; empty before the first step."""
+    held = {n: optimizer.state[p].get("momentum_buffer") for n, p in network.named_parameters()}
+    return {n: buffer for n, buffer in held.items() if buffer is not None}
+
+
+def check_finite(network, losses, epoch, state_path):
+    """Refuse to go on after a step of this epoch whose loss, or the weights after it, overflowed.
+    """
+    bad = (~losses.isfinite()).nonzero()
+    # The last step's loss is from before its update, so that the tensors are looked at too.
+    sound = all(v.isfinite().all() for v in network.state_dict().values())
+    if len(bad) or not sound:
+        what, step = ("loss is", int(bad[0]) + 1) if len(bad) else ("weights are", len(losses))
+        kept = (f" (in a new run: {state_path} holds the last good state of this one)"
+                if os.path.exists(state_path) else "")
+        raise Refused(f"the {what} not finite at epoch {epoch + 1}, step {step}: a smaller "
+                      f"--lr may help{kept}")
+
+
 def fit(network, data, schedule, settings, machine, state_path, *, resume=False, save_every=0,
         masks=None, momentum=None, snapshots=()):
     """Train `network` in place: the one loop, for dense training and every retraining.
@@ -577,24 +604,11 @@ def fit(network, data, schedule, settings, machine, state_path, *, resume=False,
 
     def save(path, epoch, step):
         if machine.rank == 0:
-            held = {n: optimizer.state[p]["momentum_buffer"] for n, p in network.named_parameters()
-                    if optimizer.state[p].get("momentum_buffer") is not None}
             models.save(path, {
                 "kind": "state", "settings": settings, "data": identity, "epoch": epoch,
-                "step": step, "curve": curve,
-                "model": dict(network.state_dict()), "momentum": held, "losses": losses,
-                "hits": hits, "seconds": before + time.perf_counter() - start})
-
-    def check_finite(epoch, until):
-        bad = (~losses[:until].isfinite()).nonzero()
-        # The last step's loss is from before its update, so that the tensors are looked at too.
-        sound = all(v.isfinite().all() for v in network.state_dict().values())
-        if len(bad) or not sound:
-            what, step = ("loss is", int(bad[0]) + 1) if len(bad) else ("weights are", until)
-            kept = (f" (in a new run: {state_path} holds the last good state of this one)"
-                    if os.path.exists(state_path) else "")
-            raise Refused(f"the {what} not finite at epoch {epoch + 1}, step {step}: a smaller "
-                          f"--lr may help{kept}")
+                "step": step, "curve": curve, "model": dict(network.state_dict()),
+                "momentum": momentum_of(network, optimizer), "losses": losses, "hits": hits,
+                "seconds": before + time.perf_counter() - start})
 
     with interruptible() as signals:
         for epoch in range(first_epoch, epochs):
@@ -616,7 +630,7 @@ def fit(network, data, schedule, settings, machine, state_path, *, resume=False,
                 stopping = signals and machine.world == 1
                 if step < steps and (stopping or save_every and step % save_every == 0
                                      and machine.world == 1):
-                    check_finite(epoch, step)
+                    check_finite(network, losses[:step], epoch, state_path)
                     save(state_path, epoch, step)
                 if stopping:
                     break
@@ -626,7 +640,7 @@ def fit(network, data, schedule, settings, machine, state_path, *, resume=False,
                     torch.distributed.all_reduce(hits)
                     for buffer in network.buffers():       # everybody evaluates the same network
                         torch.distributed.broadcast(buffer, 0)
-                check_finite(epoch, steps)
+                check_finite(network, losses, epoch, state_path)
                 speed = count * (steps - first_step) / steps / (time.perf_counter() - began)
                 curve.append({
                     "epoch": epoch + 1, "lr": schedule(epoch * steps)[0],
