@@ -445,8 +445,8 @@ COLOURS = {"blue": "#1f77b4", "red": "#d62728", "green": "#2ca02c", "orange": "#
 
 
 def chart(title, x_title, xs, y_title, series):
-    """A Mermaid xychart of {name: values}, with its legend as text (Mermaid draws none). xs: a label
-    for each value, or a range as text, over which the values are spread evenly."""
+    """A Mermaid xychart of {name: values}, with its legend as text (Mermaid draws none). xs: a
+    label for each value, or a range as text, over which the values are spread evenly."""
     series = {k: v for k, v in list(series.items())[:len(COLOURS)]}
     values = [y for line in series.values() for y in line]
     low, high = min(values), max(values)
@@ -473,7 +473,7 @@ def charts(rows):
     parts = []
     for (dataset, arch, recipe), mine in group(rows, lambda r: (
             r["dataset"], r["arch"], json.dumps(r["recipe"], sort_keys=True))).items():
-        # At the budget with the most arms. Without scratch: its low start would flatten the others.
+        # At the budget with the most arms; without scratch, whose low start flattens the others.
         mine = [r for r in mine if not r["schedule"].startswith("scratch")]
         arms = {t: group(same, arm) for t, same in group(mine, lambda r: r["budget"]).items()}
         if not arms:

@@ -1139,7 +1139,7 @@ def test_verdicts_on_made_up_rows():
     wide = (made_up("magnitude", "finetune", [93, 92, 93.5])
             + made_up("magnitude", "finetune", [93, 93, 92.5], 152))
     assert "not decided +0.00 [-2.48, +2.48]" in lines_of(wide, "C3")[0]       # says nothing
-    whole = (rows[:6] + made_up("magnitude", "finetune", [94] * 3, 80)        # no arm but this at 80
+    whole = (rows[:6] + made_up("magnitude", "finetune", [94] * 3, 80)      # the only arm at 80
              + made_up("random", "one_cycle", [93, 93, 92.9])
              + made_up("random", "finetune", [92, 92.1, 91.9]))
     assert "t=40 | **yes** +0.37 [+0.22, +0.51], n = 3" in lines_of(whole, "C7 the gap")[0]
@@ -1160,7 +1160,7 @@ def test_charts_name_what_they_draw():
     text = retrain.chart("Title", "epoch", [0, 1], "y", {"finetune": [1, 2], "one_cycle": [3, 1]})
     assert "blue finetune, red one_cycle" in text
     assert re.search(r"line \[1, 2\]\n +line \[3, 1\]", text)
-    small = retrain.chart("Title", "epoch", "0 --> 4", "y", {"finetune": [1e-5, 0.1], "slr": [0, 1]})
+    small = retrain.chart("", "epoch", "0 --> 4", "y", {"finetune": [1e-5, 0.1], "slr": [0, 1]})
     assert "line [0.00001, 0.1]\n" in small and 'x-axis "epoch" 0 --> 4\n' in small
 
 
