@@ -370,73 +370,79 @@ def paired(rows, one, other):
 
 
 def claims(rows):
-    """The paper's claims (SPEC of the study: C1-C8) against the rows: markdown with a verdict each.
+    """The paper's claims (C1-C8) against the rows: markdown with a verdict each, differences in pp.
 
-    Where several budgets were run, at the longest one that has both arms; differences in pp."""
+    Where several budgets were run, at the longest one that has the arms."""
     lines = ["| claim | network | verdict: difference in pp [95 % interval] |", "|---|---|---|"]
-    per_setting, signs = group(rows, lambda r: (r["dataset"], r["arch"], amount(r))), []
-    for (dataset, arch, what), part in per_setting.items():
-        budgets = group(part, lambda r: r["budget"])
-        methods = sorted({r["method"] for r in part} - {"random"}) or ["random"]
-
-        def say_it(claim, one, other, sign=1, where=f"{arch} {what}", budgets=budgets):
-            found = [(t, paired(same, one, other)) for t, same in sorted(budgets.items())]
-            found = [(t, d) for t, d in found if d] or [(max(budgets), [])]
-            t, differences = found[-1]
-            lines.append(f"| {claim} | {where}, t={t} | {verdict(differences, sign)} |")
-            return differences
-
-        for m in [*methods, *({"random"} & {r["method"] for r in part} - set(methods))]:
-            say_it(f"C1 LRW > FT ({m})", (m, "lr_rewind"), (m, "finetune"))
-            say_it(f"C1 SLR > FT ({m})", (m, "slr"), (m, "finetune"))
-            say_it(f"C1 SLR ≈ LRW ({m})", (m, "slr"), (m, "lr_rewind"), 0)
-            gain = say_it(f"C2 CLR > FT ({m})", (m, "one_cycle"), (m, "finetune"))
-            signs += [np.mean(gain) > 0] if gain else []
-            for rival in ("lr_rewind", "weight_rewind", "slr"):
-                say_it(f"C2 CLR > {rival} ({m})", (m, "one_cycle"), (m, rival))
-            changed = {arm(r) for r in part if r["method"] == m and r["schedule"] == "one_cycle"}
-            for name in in_order(changed - {"one_cycle"}):     # what does the gain come from?
-                for rival in ("one_cycle", "slr", "finetune"):
-                    say_it(f"control: {name} > {rival} ({m})", (m, name), (m, rival))
-            by_budget = {t: {(r["dense"], r["seed"]): r["test_accuracy"] for r in same
-                             if r["method"] == m and arm(r) == "finetune"}
-                         for t, same in sorted(budgets.items())}
-            by_budget = {t: found for t, found in by_budget.items() if found}
-            if len(by_budget) > 1:
-                (low, short), *_, (high, long) = by_budget.items()
-                gains = [long[k] - short[k] for k in long if k in short]
-                lines.append(f"| C3 FT does not gain from t={low} to {high} ({m}) | {arch} {what} "
-                             f"| {verdict(gains, 0)} |")
-            for name in ("one_cycle", "finetune"):
-                longest = [r for r in part if r["method"] == m and arm(r) == name]
-                longest = [r for r in longest if r["budget"] == max(q["budget"] for q in longest)]
-                gains = [r["test_accuracy"] - r["dense_test_accuracy"] for r in longest]
-                relation, sign = ("≥", 1) if name == "one_cycle" else ("<", -1)
-                lines.append(f"| C4 {name} {relation} dense ({m}) | {arch} {what} | "
-                             f"{verdict(gains, sign)} |")
-            for t, same in budgets.items():
-                recipe = same[0]["recipe"]
-                if recipe["milestones"] and t <= recipe["epochs"] - recipe["milestones"][-1]:
-                    gains = paired(same, (m, "lr_rewind"), (m, "finetune"))
-                    lines.append(f"| C5 LRW ≡ FT at t={t} ({m}) | {arch} {what} | "
-                                 f"{verdict(gains, 0)} |")
-        for m in methods:
-            if m == "random" or not any(r["method"] == "random" for r in part):
-                continue
-            say_it(f"C6 random + CLR > {m} + FT", ("random", "one_cycle"), (m, "finetune"))
-            for t, same in sorted(budgets.items(), reverse=True):
-                gaps = [paired(same, (m, s), ("random", s)) for s in ("finetune", "one_cycle")]
-                if all(gaps):
-                    break
-            where = f"{arch} {what}, t={t}"
-            lines.append(f"| C7 {m} > random under CLR | {where} | {verdict(gaps[1])} |")
-            pairs = list(zip(*gaps)) if len(gaps[0]) == len(gaps[1]) else []
-            lines.append(f"| C7 the gap shrinks from FT to CLR ({m}) | {where} | "
-                         f"{verdict([f - c for f, c in pairs])} |")
+    signs = []
+    for (dataset, arch, what), part in group(
+            rows, lambda r: (r["dataset"], r["arch"], amount(r))).items():
+        methods = sorted({r["method"] for r in part}, key=lambda m: (m == "random", m))
+        criteria = [m for m in methods if m != "random"]
+        found = [claim for m in methods for claim in claims_of_method(part, m)]
+        if "random" in methods:
+            found += [claim for m in criteria for claim in claims_against_random(part, m)]
+        signs += [np.mean(d) > 0 for text, t, d, _ in found if text.startswith("C2 CLR > FT") and d]
+        lines += [f"| {text} | {arch} {what}, t={t} | {verdict(differences, sign)} |"
+                  for text, t, differences, sign in found]
     if signs:
         lines.append(f"| C8 CLR − FT > 0 everywhere | all | {sum(signs)} of {len(signs)} settings "
                      "have a positive mean |")
     return "\n".join(lines) + "\n"
+
+
+def longest(part, differences):
+    """(t, differences(rows)) at the longest budget where there are any."""
+    budgets = sorted(group(part, lambda r: r["budget"]).items(), reverse=True)
+    found = [(t, differences(same)) for t, same in budgets]
+    return next(((t, d) for t, d in found if d), (budgets[0][0], []))
+
+
+def claims_of_method(part, m):
+    """(claim, t, differences, sign for `verdict`) of the claims C1-C5 for one way of pruning."""
+    mine = [r for r in part if r["method"] == m]
+    arms = group(mine, arm)
+
+    def compare(text, one, other, sign=1):
+        return text, *longest(part, lambda same: paired(same, (m, one), (m, other))), sign
+    yield compare(f"C1 LRW > FT ({m})", "lr_rewind", "finetune")
+    yield compare(f"C1 SLR > FT ({m})", "slr", "finetune")
+    yield compare(f"C1 SLR ≈ LRW ({m})", "slr", "lr_rewind", 0)
+    yield compare(f"C2 CLR > FT ({m})", "one_cycle", "finetune")
+    for rival in ("lr_rewind", "weight_rewind", "slr"):
+        yield compare(f"C2 CLR > {rival} ({m})", "one_cycle", rival)
+    for name in in_order(a for a in arms if a.startswith("one_cycle ")):
+        for rival in ("one_cycle", "slr", "finetune"):          # what does the gain come from?
+            yield compare(f"control: {name} > {rival} ({m})", name, rival)
+    budgets = {t: {(r["dense"], r["pruning_seed"], r["seed"]): r["test_accuracy"] for r in same}
+               for t, same in sorted(group(arms.get("finetune", []),
+                                           lambda r: r["budget"]).items())}
+    if len(budgets) > 1:
+        (low, short), *_, (high, long) = budgets.items()
+        yield (f"C3 FT does not gain from t={low} ({m})", high,
+               [long[k] - short[k] for k in long if k in short], 0)
+    for name, relation, sign in (("one_cycle", "≥", 1), ("finetune", "<", -1)):
+        t, gains = longest(arms.get(name, part), lambda same: [
+            r["test_accuracy"] - r["dense_test_accuracy"] for r in same if arm(r) == name
+            and r["method"] == m])
+        yield f"C4 {name} {relation} dense ({m})", t, gains, sign
+    for t, same in group(mine, lambda r: r["budget"]).items():
+        recipe = same[0]["recipe"]
+        if recipe["milestones"] and t <= recipe["epochs"] - recipe["milestones"][-1]:
+            yield (f"C5 LRW ≡ FT ({m})", t, paired(same, (m, "lr_rewind"), (m, "finetune")), 0)
+
+
+def claims_against_random(part, m):
+    """The same of C6 and C7: method `m` against random pruning."""
+    yield (f"C6 random + CLR > {m} + FT", *longest(part, lambda same: paired(
+        same, ("random", "one_cycle"), (m, "finetune"))), 1)
+    yield (f"C7 {m} > random under CLR", *longest(part, lambda same: paired(
+        same, (m, "one_cycle"), ("random", "one_cycle"))), 1)
+
+    def shrinking(same):
+        gaps = [paired(same, (m, s), ("random", s)) for s in ("finetune", "one_cycle")]
+        return [f - c for f, c in zip(*gaps)] if len(gaps[0]) == len(gaps[1]) else []
+    yield f"C7 the gap shrinks from FT to CLR ({m})", *longest(part, shrinking), 1
 
 
 COLOURS = {"blue": "#1f77b4", "red": "#d62728", "green": "#2ca02c", "orange": "#ff7f0e",
