@@ -1164,6 +1164,19 @@ def test_charts_name_what_they_draw():
     assert "line [0.00001, 0.1]\n" in small and 'x-axis "epoch" 0 --> 4\n' in small
 
 
+def test_pictures_show_the_budget_with_the_most_arms_and_no_scratch():
+    rows = [{**r, "distance": 0.1, "removed": 0.5, "sparsity": 0.5,
+             "curve": [{"test_accuracy": r["test_accuracy"] + e} for e in range(r["epochs"])]}
+            for name, t in (("finetune", 4), ("slr", 4), ("scratch", 4), ("finetune", 8))
+            for r in made_up("magnitude", name, [90.0, 92.0], t)]
+    titles = [line for line in retrain.charts(rows).splitlines() if line.endswith(".")]
+    assert [title.partition(", resnet56")[0] for title in titles] == [
+        "Learning rate", "Test accuracy after each epoch", "Test accuracy by budget"]
+    assert all("t = 4: blue finetune, red slr." in title for title in titles[:2])
+    assert titles[2].endswith("magnitude: blue finetune.")          # the only one at 4 and at 8
+    assert "line [91, 92, 93, 94]" in retrain.charts(rows)
+
+
 # ---- 1: resuming ---------------------------------------------------------------------------------
 
 ARMS = [("dense", None), *itertools.product(schedules.RETRAIN, ("filters", "weights"))]
