@@ -479,8 +479,11 @@ def charts(rows):
     parts = []
     for (dataset, arch, recipe), mine in group(rows, lambda r: (
             r["dataset"], r["arch"], json.dumps(r["recipe"], sort_keys=True))).items():
-        # At the budget with the most arms; without scratch, whose low start flattens the others.
-        mine = [r for r in mine if not r["schedule"].startswith("scratch")]
+        # At the budget with the most arms; without scratch, whose low start flattens the others,
+        # and without variants of a schedule that was run as published too.
+        published = {r["schedule"] for r in mine if arm(r) == r["schedule"]}
+        mine = [r for r in mine if not r["schedule"].startswith("scratch")
+                and (arm(r) == r["schedule"] or r["schedule"] not in published)]
         arms = {t: group(same, arm) for t, same in group(mine, lambda r: r["budget"]).items()}
         if not arms:
             continue

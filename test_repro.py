@@ -1164,11 +1164,12 @@ def test_charts_name_what_they_draw():
     assert "line [0.00001, 0.1]\n" in small and 'x-axis "epoch" 0 --> 4\n' in small
 
 
-def test_pictures_show_the_budget_with_the_most_arms_and_no_scratch():
+def test_pictures_show_the_budget_with_the_most_arms_without_scratch_and_variants():
     rows = [{**r, "distance": 0.1, "removed": 0.5, "sparsity": 0.5,
              "curve": [{"test_accuracy": r["test_accuracy"] + e} for e in range(r["epochs"])]}
             for name, t in (("finetune", 4), ("slr", 4), ("scratch", 4), ("finetune", 8))
             for r in made_up("magnitude", name, [90.0, 92.0], t)]
+    rows += [{**r, "lr": 0.5} for r in rows if r["schedule"] == "slr"]
     titles = [line for line in retrain.charts(rows).splitlines() if line.endswith(".")]
     assert [title.partition(", resnet56")[0] for title in titles] == [
         "Learning rate", "Test accuracy after each epoch", "Test accuracy by budget"]
