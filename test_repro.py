@@ -833,6 +833,24 @@ def test_bf16_leaves_weights_statistics_and_loss_in_float32():
     assert not torch.equal(losses[1], losses[0])
 
 
+@slow
+def test_every_network_of_a_long_list_is_compiled(monkeypatch):
+    """torch gives up on a forward after eight shapes; the same shape again costs nothing."""
+    compiled, compile = [], torch.compile
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph
+    monkeypatch.setattr(torch, "compile", lambda network, mode: compile(network, backend=backend))
+    x = torch.randn(2, 3, 32, 32)
+    for width in [*range(4, 14), 13]:
+        network = models.build("resnet8", 10)
+        network = models.from_state("resnet8", 10, models.shrink(network.state_dict(), units := (
+            models.prunable(network)), {u.conv: torch.arange(width) for u in units}))
+        train.fastest(network, CPU._replace(compile="on"), 1)(x)
+    assert len(compiled) == 10
+
+
 def test_the_benchmark_prints_a_table(monkeypatch):
     monkeypatch.setattr(train.benchmark, "__defaults__", (1, 2))        # one round of two steps
     status, out, err = call("train", "--benchmark", "--batch-size", 8, "--device", "cpu",
