@@ -305,7 +305,8 @@ def table(rows):
         arms = in_order({arm(r) for r in part})
         dense = spread(list({r["dense"]: r["dense_test_accuracy"] for r in part}.values()))
         lines += [f"**{arch} on {dataset}**, dense {dense}; last-epoch test accuracy in %, "
-                  "mean ± sd (n), below it the difference to the dense network in pp.", "",
+                  "mean ± sd (n), below it the difference to the dense network in pp and the "
+                  "seconds of a run.", "",
                   "| pruned | method | params / MACs left | t | " + " | ".join(arms) + " |",
                   "|---" * (4 + len(arms)) + "|"]
         for (what, method, t), same in group(sorted(part, key=setting), setting).items():
@@ -315,7 +316,8 @@ def table(rows):
                 mine = [r for r in same if arm(r) == name]
                 gains = [r["test_accuracy"] - r["dense_test_accuracy"] for r in mine]
                 cells.append(f"{spread([r['test_accuracy'] for r in mine])}<br>"
-                             f"{np.mean(gains):+.2f}" if mine else "–")
+                             f"{np.mean(gains):+.2f}, "
+                             f"{np.mean([r['seconds'] for r in mine]):.0f} s" if mine else "–")
             lines.append(f"| {what} | {method} | {left / same[0]['dense_params']:.0%} / "
                          f"{same[0]['macs'] / same[0]['dense_macs']:.0%} | {t} | "
                          + " | ".join(cells) + " |")

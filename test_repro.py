@@ -1174,6 +1174,21 @@ def test_pairs_are_of_one_seed_and_one_dense_network():
     assert retrain.paired(rows, ("magnitude", "one_cycle"), ("magnitude", "finetune")) == [1, 2]
 
 
+def test_the_table_of_a_report():
+    """Mean, sample standard deviation, n, distance to dense, what is left, seconds; to the digit.
+    """
+    kept = {"params": 25, "dense_params": 100, "macs": 10, "dense_macs": 40, "nonzero": 20}
+    rows = [{**r, **kept, "seconds": 10.0 + r["seed"]} for r in (
+        made_up("magnitude", "finetune", [92, 93, 94.5]) + made_up("random", "slr", [93.5]))]
+    text = retrain.table(rows)
+    assert "| t | finetune | slr |" in text and "dense 93.00 (n=1);" in text
+    assert "| filters plan B | magnitude | 25% / 25% | 40 | 93.17 ± 1.26 (n=3)<br>+0.17, 11 s | – |" \
+        in text
+    assert "| random | 25% / 25% | 40 | – | 93.50 (n=1)<br>+0.50, 10 s |" in text
+    masked = [{**r, "structure": "weights", "macs": 40} for r in rows]
+    assert "| 20% / 100% | 40 | 93.17 ±" in retrain.table(masked)
+
+
 def test_charts_name_what_they_draw():
     text = retrain.chart("Title", "epoch", [0, 1], "y", {"finetune": [1, 2], "one_cycle": [3, 1]})
     assert "blue finetune, red one_cycle" in text
