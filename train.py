@@ -758,8 +758,8 @@ def plain_loop(network, data, batch_size, machine):
 
 def benchmark(args, machine, rounds=7, steps=10):
     """train.py --benchmark: the training step with its data, the same step on one fixed batch, and
-    the step of the plain loop, for the dense network, one with a mask, and one with half of its
-    filters. They alternate; medians."""
+    the step of the plain loop, for the dense network, one with masks, and one with half of its
+    filters. All of them take turns; medians, of the ratios too."""
     recipe = the_recipe(args)
     data = load_data(recipe, args.data_dir or "data", machine.device)
     size = recipe["batch_size"]
@@ -768,55 +768,66 @@ def benchmark(args, machine, rounds=7, steps=10):
                       f"{LARGEST_RESIDENT} pixels, which stay on the device")
     if len(data.train[1]) < size:
         raise Refused(f"argument --batch-size: {size}, but there are {len(data.train[1])} images")
-    network = models.build(args.arch, data.classes)
-    units = models.prunable(network)
-    half = models.from_state(args.arch, data.classes, models.shrink(network.state_dict(), units, {
-        u.conv: torch.arange(network.get_submodule(u.conv).out_channels // 2) for u in units}))
-    peak = matrix_peak(machine)
-    say(f"{args.arch}, batch {size}, {'bf16' if machine.bf16 else 'fp32'}, {device_name(machine)}; "
-        f"matrix product peak {peak / 1e12:.2f} TFLOP/s. Images/s:\n\n"
-        "| network | training | on one fixed batch | ratio | plain loop | ratio | step, ms | "
-        "share of peak | peak memory, MiB |\n|---|---|---|---|---|---|---|---|---|")
-    for name, net in (("dense", network), ("masked", copy.deepcopy(network)),
-                      ("half the filters", half)):
+
+    def endless():
+        for epoch in itertools.count():
+            for x, y, counted, _ in train_batches(data, 0, epoch, size, machine):
+                if counted == size:
+                    yield x, y
+
+    def contenders(net, masked=False):
+        """Three endless generators, each next() a step: with data, on a fixed batch, plain."""
         plain = plain_loop(copy.deepcopy(net), data, size, machine)
         net.to(machine.device, memory_format=torch.channels_last).train()
         optimizer, masks = optimizer_of(net, recipe["weight_decay"]), None
-        if name == "masked":
+        if masked:
             weights = [net.get_parameter(n).data for n in models.weight_names(net)]
             masks = weights, [(torch.rand_like(w) < 0.1).to(w.dtype) for w in weights]
         forward = fastest(net, machine, rounds * steps)
 
-        def endless():
-            for epoch in itertools.count():
-                for x, y, counted, _ in train_batches(data, 0, epoch, size, machine):
-                    if counted == size:
-                        yield x, y
-        batches = endless()
-        fixed = next(batches)
-        runs = [lambda: [train_step(forward, optimizer, *next(batches), machine, 1.0, masks)
-                         for _ in range(steps)],
-                lambda: [train_step(forward, optimizer, *fixed, machine, 1.0, masks)
-                         for _ in range(steps)],
-                lambda: [next(plain) for _ in range(steps)]]
-        for run in runs:
-            run()
-        times = []
-        for _ in range(rounds):
-            for _ in range(4):       # untimed, as the plain loop's workers refill their queue,
-                train_step(forward, optimizer, *fixed, machine, 1.0, masks)
-            first = [clock(run, machine) for run in runs[:2]]
-            for _ in range(4):       # and what they had prepared meanwhile is no part of its time
-                next(plain)
-            times.append((*first, clock(runs[2], machine)))
-        seconds, bound, slow = (statistics.median(t) / steps for t in zip(*times))
-        to_bound, to_plain = (statistics.median(t[k] / t[0] for t in times) for k in (1, 2))
-        memory = (torch.cuda.max_memory_allocated() if machine.cuda
-                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 20
+        def ours(batches):
+            for x, y in batches:
+                yield train_step(forward, optimizer, x, y, machine, 1.0, masks)
+        return ours(endless()), ours(itertools.repeat(next(endless()))), plain
+
+    def take(steps, generator):
+        for _ in range(steps):
+            next(generator)
+
+    network = models.build(args.arch, data.classes)
+    units = models.prunable(network)
+    half = models.from_state(args.arch, data.classes, models.shrink(network.state_dict(), units, {
+        u.conv: torch.arange(network.get_submodule(u.conv).out_channels // 2) for u in units}))
+    runs = {"dense": contenders(network), "masked": contenders(copy.deepcopy(network), True),
+            "half the filters": contenders(half)}
+    memory, times = {}, {name: [] for name in runs}
+    for name, generators in runs.items():                          # warm up, and compile
+        if machine.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for generator in generators[:2]:
+            take(steps, generator)
+        memory[name] = (torch.cuda.max_memory_allocated() if machine.cuda
+                        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 20
+        take(steps, generators[2])
+    for _ in range(rounds):
+        for name, (training, fixed, plain) in runs.items():
+            take(4, fixed)           # untimed, as the plain loops' workers refill their queues,
+            ours = [clock(lambda: take(steps, g), machine) for g in (training, fixed)]
+            take(4, plain)           # and what they had prepared meanwhile is no part of its time
+            times[name].append((*ours, clock(lambda: take(steps, plain), machine)))
+    peak = matrix_peak(machine)
+    say(f"{args.arch}, batch {size}, {'bf16' if machine.bf16 else 'fp32'}, {device_name(machine)}; "
+        f"matrix product peak {peak / 1e12:.2f} TFLOP/s. Images/s:\n\n"
+        "| network | training | to dense | on one fixed batch | ratio | plain loop | ratio | "
+        "step, ms | share of peak | peak memory, MiB |\n" + "|---" * 10 + "|")
+    for name, net in (("dense", network), ("masked", network), ("half the filters", half)):
+        seconds, bound, slow = (statistics.median(t) / steps for t in zip(*times[name]))
+        to_dense, to_bound, to_plain = (statistics.median(other[k] / own[0] for other, own in zip(
+            times[reference], times[name])) for reference, k in (("dense", 0), (name, 1), (name, 2)))
         work = 6 * models.count(net, data.side)[1] * size         # forward and twice that backward
-        say(f"| {name} | {size / seconds:.0f} | {size / bound:.0f} | {to_bound:.3f} | "
-            f"{size / slow:.0f} | {to_plain:.2f} | {1000 * seconds:.1f} | "
-            f"{work / seconds / peak:.1%} | {memory:.0f} |")
+        say(f"| {name} | {size / seconds:.0f} | {to_dense:.3f} | {size / bound:.0f} | "
+            f"{to_bound:.3f} | {size / slow:.0f} | {to_plain:.2f} | {1000 * seconds:.1f} | "
+            f"{work / seconds / peak:.1%} | {memory[name]:.0f} |")
 
 
 # ---- the dense run -------------------------------------------------------------------------------
