@@ -523,16 +523,17 @@ def charts(rows):
 
 
 def means_chart(rows, key, title, x_title):
-    """A chart of mean accuracy against row[key], of the arms that have every value; none if one
-    value."""
-    xs = sorted({r[key] for r in rows})
-    means = {name: {x: [r["test_accuracy"] for r in same if r[key] == x] for x in xs}
-             for name, same in group(rows, arm).items()}
-    whole = {n: [np.mean(means[n][x]) for x in xs] for n in in_order(means)
-             if all(means[n].values())}
-    if len(xs) == 1 or not whole:
+    """A chart of mean accuracy against row[key], as a list: of the values at which most points can
+    be drawn, since a line cannot have gaps; empty if no arm has two values."""
+    arms = group(rows, arm)
+    values = {name: {r[key] for r in same} for name, same in arms.items()}
+    drawn = max((v for v in values.values() if len(v) > 1), default=None,
+                key=lambda xs: len(xs) * sum(xs <= v for v in values.values()))
+    if not drawn:
         return []
-    return [chart("Test accuracy " + title, x_title, xs, "test accuracy (%)", whole)]
+    means = {name: [np.mean([r["test_accuracy"] for r in arms[name] if r[key] == x])
+                    for x in sorted(drawn)] for name in in_order(arms) if drawn <= values[name]}
+    return [chart("Test accuracy " + title, x_title, sorted(drawn), "test accuracy (%)", means)]
 
 
 def report(rows):

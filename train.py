@@ -822,8 +822,9 @@ def benchmark(args, machine, rounds=7, steps=10):
         "step, ms | share of peak | peak memory, MiB |\n" + "|---" * 10 + "|")
     for name, net in (("dense", network), ("masked", network), ("half the filters", half)):
         seconds, bound, slow = (statistics.median(t) / steps for t in zip(*times[name]))
-        to_dense, to_bound, to_plain = (statistics.median(other[k] / own[0] for other, own in zip(
-            times[reference], times[name])) for reference, k in (("dense", 0), (name, 1), (name, 2)))
+        to_dense, to_bound, to_plain = (
+            statistics.median(other[k] / own[0] for other, own in zip(times[who], times[name]))
+            for who, k in (("dense", 0), (name, 1), (name, 2)))
         work = 6 * models.count(net, data.side)[1] * size         # forward and twice that backward
         say(f"| {name} | {size / seconds:.0f} | {to_dense:.3f} | {size / bound:.0f} | "
             f"{to_bound:.3f} | {size / slow:.0f} | {to_plain:.2f} | {1000 * seconds:.1f} | "
