@@ -334,6 +334,7 @@ def file_batches(split, parts, seed, machine, training):
         yield from torch.utils.data.DataLoader(Files(*split, training), batch_sampler=items,
                                                num_workers=machine.workers, pin_memory=machine.cuda)
     except Refused as problem:     # out of a worker it comes with that one's traceback as its text
+        problem.__traceback__ = None     # holds the loader, whose workers would end 5 s late
         raise Refused(str(problem).strip().rsplit("Refused: ")[-1]) from None
 
 
