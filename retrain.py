@@ -527,13 +527,11 @@ def means_chart(rows, key, title, x_title):
     be drawn, since a line cannot have gaps; empty if no arm has two values."""
     arms = group(rows, arm)
     values = {name: {r[key] for r in same} for name, same in arms.items()}
-    drawn = max((v for v in values.values() if len(v) > 1), default=None,
-                key=lambda xs: len(xs) * sum(xs <= v for v in values.values()))
-    if not drawn:
-        return []
-    means = {name: [np.mean([r["test_accuracy"] for r in arms[name] if r[key] == x])
-                    for x in sorted(drawn)] for name in in_order(arms) if drawn <= values[name]}
-    return [chart("Test accuracy " + title, x_title, sorted(drawn), "test accuracy (%)", means)]
+    xs = sorted(max((v for v in values.values() if len(v) > 1), default=(),
+                    key=lambda xs: len(xs) * sum(xs <= v for v in values.values())))
+    means = {name: [np.mean([r["test_accuracy"] for r in arms[name] if r[key] == x]) for x in xs]
+             for name in in_order(arms) if values[name].issuperset(xs)}
+    return [chart("Test accuracy " + title, x_title, xs, "test accuracy (%)", means)] if xs else []
 
 
 def report(rows):

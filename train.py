@@ -510,7 +510,7 @@ def forget_compiled(shapes):
 def fastest(network, machine, steps):
     """`network`, compiled if asked for. Compiling costs half a minute or more. auto: only in long
     runs on a GPU, where a small network waits for kernel launches, which a CUDA graph replays (not
-    measured yet); on a CPU it gained 15 % for ResNet-56 and nothing for ResNet-20."""
+    measured yet); on a CPU it gained between nothing and a quarter."""
     if machine.compile == "on" or machine.compile == "auto" and machine.cuda and steps >= 10_000:
         forget_compiled(tuple(p.shape for p in network.parameters()))
         return torch.compile(network, mode="reduce-overhead" if machine.cuda else None)
@@ -776,7 +776,7 @@ def benchmark(args, machine, rounds=7, steps=10):
                 if counted == size:
                     yield x, y
 
-    def contenders(net, masked=False):
+    def contenders(net, masked):
         """Three endless generators, each next() a step: with data, on a fixed batch, plain."""
         plain = plain_loop(copy.deepcopy(net), data, size, machine)
         net.to(machine.device, memory_format=torch.channels_last).train()
@@ -799,8 +799,8 @@ def benchmark(args, machine, rounds=7, steps=10):
     units = models.prunable(network)
     half = models.from_state(args.arch, data.classes, models.shrink(network.state_dict(), units, {
         u.conv: torch.arange(network.get_submodule(u.conv).out_channels // 2) for u in units}))
-    runs = {"dense": contenders(network), "masked": contenders(copy.deepcopy(network), True),
-            "half the filters": contenders(half)}
+    nets = {"dense": network, "masked": copy.deepcopy(network), "half the filters": half}
+    runs = {name: contenders(net, name == "masked") for name, net in nets.items()}
     memory, times = {}, {name: [] for name in runs}
     for name, generators in runs.items():                          # warm up, and compile
         if machine.cuda:
@@ -821,7 +821,7 @@ def benchmark(args, machine, rounds=7, steps=10):
         f"matrix product peak {peak / 1e12:.2f} TFLOP/s. Images/s:\n\n"
         "| network | training | to dense | on one fixed batch | ratio | plain loop | ratio | "
         "step, ms | share of peak | peak memory, MiB |\n" + "|---" * 10 + "|")
-    for name, net in (("dense", network), ("masked", network), ("half the filters", half)):
+    for name, net in nets.items():
         seconds, bound, slow = (statistics.median(t) / steps for t in zip(*times[name]))
         to_dense, to_bound, to_plain = (
             statistics.median(other[k] / own[0] for other, own in zip(times[who], times[name]))
