@@ -4,16 +4,14 @@
     network = models.load("runs/shapes-resnet8-s0/filters-magnitude-0.5.pt")  # true size, eval mode
 
 A filter-pruned network needs no description: the shapes of its tensors are its description
-(`from_state`). Removing filters is therefore an operation on a state dict, tensors by name
-(`shrink`), and serves weights, rewound weights and their momentum alike.
+(`resize`). Removing filters is therefore an operation on a state dict, tensors by name (`shrink`),
+and serves weights, rewound weights and their momentum alike.
 """
 import copy
 import hashlib
 import io
-import math
 import os
 import re
-import zipfile
 from typing import NamedTuple
 
 import torch
@@ -21,9 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from schedules import DENSE, Refused
+from schedules import Refused
 
-FORMAT = 1
+FORMAT = 2                                                  # of checkpoints and of result rows
 IMAGENET = ("resnet18", "resnet34", "resnet50")             # torchvision's
 PRUNABLE_CONVS = {"BasicBlock": 1, "Bottleneck": 2}         # of a residual block, the first ones
 
@@ -103,17 +101,18 @@ def build(arch, classes, seed=0):
         network = getattr(resnet, arch)(num_classes=classes)
     elif arch == "vgg16":
         network = vgg16(classes)
-    elif depth and int(depth[1]) > 2 and int(depth[1]) % 6 == 2:
+    elif depth and 2 < int(depth[1]) <= 1202 and int(depth[1]) % 6 == 2:
         network = CifarResNet(int(depth[1]), classes)
     else:
         raise Refused(f"argument --arch: unknown network {arch!r}; known: resnet8, resnet20, "
-                      f"resnet56 … (6n+2), {', '.join(IMAGENET)}, vgg16")
+                      f"resnet56 … resnet1202 (6n+2), {', '.join(IMAGENET)}, vgg16")
     return initialise(network, seed)
 
 
 def initialise(network, seed):
     """He initialisation, in place: conv weights normal with std sqrt(2 / (k*k*out)), as He 2016;
-    BN at identity; Linear as torch. A function of the seed, whatever was drawn before."""
+    BN at identity; Linear as torch. A function of the seed and of how the tensors lie in memory,
+    whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in network.modules():
@@ -124,23 +123,19 @@ def initialise(network, seed):
     return network
 
 
-def from_state(arch, classes, state):
-    """The network `arch` with the tensors of `state` and therefore with its widths, in eval mode.
+def resize(network, state):
+    """Give `network`, in place, the tensors of `state` and therefore their widths; eval mode.
 
-    state: {name: tensor} as of `network.state_dict()`. Raises RuntimeError where the tensors do not
-    make up such a network."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        network = build(arch, classes)
+    state: {name: tensor} as of `network.state_dict()`, filters taken out by `shrink`. Returns it.
+    """
     for name, module in network.named_modules():
         weight = state.get(f"{name}.weight")
-        if weight is None or not hasattr(module, "weight"):
+        if weight is None:
             continue
-        empty = {key: torch.empty_like(state[f"{name}.{key}"], device="meta")
-                 for key in ("weight", "bias", "running_mean", "running_var")
-                 if isinstance(state.get(f"{name}.{key}"), torch.Tensor)}
-        for key, value in empty.items():
-            if getattr(module, key, None) is not None:
-                setattr(module, key, nn.Parameter(value) if key in ("weight", "bias") else value)
+        for key, value in [*module.named_parameters(recurse=False),
+                           *module.named_buffers(recurse=False)]:
+            empty = torch.empty_like(state[f"{name}.{key}"], device="meta")
+            setattr(module, key, nn.Parameter(empty) if isinstance(value, nn.Parameter) else empty)
         if isinstance(module, nn.Conv2d):
             module.out_channels, module.in_channels = weight.shape[:2]
         elif isinstance(module, nn.Linear):
@@ -149,6 +144,13 @@ def from_state(arch, classes, state):
             module.num_features = len(weight)
     network.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
     return network.eval()
+
+
+def from_state(arch, classes, state):
+    """The network `arch` with the tensors of `state`, in eval mode (see `resize`)."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        network = build(arch, classes)
+    return resize(network, state)
 
 
 def count(network, side):
@@ -172,20 +174,30 @@ class Unit(NamedTuple):
 
 def prunable(network):
     """The prunable convs in order (list of Unit): the first conv of a basic block, the first two of
-    a bottleneck, so that the residual stream keeps its width (Li 2017); every conv of VGG-16."""
+    a bottleneck, so that the residual stream keeps its width (Li 2017); every conv of VGG-16.
+    Raises Refused for any other network: who reads which filter has to be known, not guessed."""
     units, number = [], 1
-    for name, module in network.named_modules():
-        inner = PRUNABLE_CONVS.get(type(module).__name__)
-        if inner:
-            stage = int(re.match(r"layer(\d+)", name)[1])
-            units += [Unit(f"{name}.conv{i}", f"{name}.bn{i}", f"{name}.conv{i + 1}", stage,
-                           number + i) for i in range(1, inner + 1)]
-            number += inner + 1
-    if not units:
+    with torch.device("meta"):
+        vgg = [type(layer) for layer in vgg16(1)]
+    if isinstance(network, CifarResNet) or type(network).__module__ == "torchvision.models.resnet":
+        for name, module in network.named_modules():
+            inner = PRUNABLE_CONVS.get(type(module).__name__)
+            if inner:
+                stage = int(re.match(r"layer(\d+)", name)[1])
+                units += [Unit(f"{name}.conv{i}", f"{name}.bn{i}", f"{name}.conv{i + 1}", stage,
+                               number + i) for i in range(1, inner + 1)]
+                number += inner + 1
+    elif isinstance(network, nn.Sequential) and [type(layer) for layer in network] == vgg:
         layers = [(i, m) for i, m in enumerate(network) if isinstance(m, (nn.Conv2d, nn.Linear))]
         units = [Unit(str(i), str(i + 1), str(layers[k + 1][0]),
                       1 + sum(isinstance(m, nn.MaxPool2d) for m in network[:i]), k + 1)
                  for k, (i, layer) in enumerate(layers) if isinstance(layer, nn.Conv2d)]
+    # Grouped convs, or a Linear that reads several pixels of a filter, have other columns.
+    if not units or any(network.get_submodule(u.reader).weight.shape[1]
+                        != network.get_submodule(u.conv).out_channels for u in units):
+        raise Refused(f"{type(network).__name__}: its filters cannot be removed here. Supported: "
+                      "this project's ResNets and VGG-16, torchvision's ResNets without grouped "
+                      "convs, not wrapped (DataParallel: .module); for others use Torch-Pruning")
     return units
 
 
@@ -227,120 +239,58 @@ def digest(state):
 
 def write(path, data):
     """Put bytes at `path` so that a reader sees the old file or the whole new one, never a part."""
-    path = os.fspath(path)
-    beside = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        if os.path.exists(beside):
-            os.remove(beside)
+    with open(f"{path}.tmp", "wb") as file:       # a killed writer's is written over by the next
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
 
 
 def save(path, checkpoint):
-    """Write a checkpoint: a dict of plain values and tensors. Serialised in memory first, so a full
-    disk is one clean OSError. Readable by plain `torch.load(path)`."""
+    """Write a checkpoint, a dict of plain values and tensors: `torch.save` bytes, then their
+    SHA-256. Plain `torch.load(path)` opens it. Raises Refused for a tensor that is not finite."""
     def on_cpu(value):
         if isinstance(value, dict):
             return {k: on_cpu(v) for k, v in value.items()}
+        if isinstance(value, torch.Tensor) and not value.isfinite().all():
+            raise Refused(f"{path}: not written, its weights are not finite; a smaller --lr may "
+                          "help")
         return value.detach().cpu() if isinstance(value, torch.Tensor) else value
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **on_cpu(checkpoint)}, buffer)
-    write(path, buffer.getbuffer())
-
-
-REAL, PLAIN = (int, float), (int, float, str, list, type(None))
-RECIPE = {"dataset": {"shapes", "cifar10", "cifar100", "folder", "imagenet"}, "arch": str,
-          "seed": int, "subset": (int, type(None)), "val_size": int, "pretrained": bool,
-          "dry_run": bool, "schedule": set(DENSE), "epochs": int, "batch_size": int, "lr": REAL,
-          "momentum": REAL, "weight_decay": REAL, "milestones": [int]}
-POINT = {"epoch": int, "lr": REAL, "train_loss": REAL, "train_accuracy": REAL,
-         "test_accuracy": REAL}
-COMMON = {"settings": {...: PLAIN}, "curve": [POINT], "seconds": REAL, "model": {...: torch.Tensor}}
-NETWORK = {**COMMON, "arch": str, "classes": int, "side": int, "mean": [REAL], "std": [REAL],
-           "data_dir": str, "recipe": RECIPE, "test_accuracy": REAL, "dense_test_accuracy": REAL,
-           "dense_params": int, "dense_macs": int}
-PRUNING = {"structure": {"filters", "weights"}, "method": str, "sparsity": [REAL], "seed": int,
-           "plan": (str, type(None)), "scope": str, "include_linear": bool,
-           "calibration_images": int}
-PRUNED = {**NETWORK, "pruning": PRUNING, "params": int, "macs": int, "kept": {...: torch.Tensor},
-          "removed": REAL, "distance": REAL, "dense_id": str}
-FORMS = {"dense": NETWORK, "pruned": PRUNED, "retrained": {**PRUNED, "run": str},
-         "state": {**COMMON, "data": str, "epoch": int, "step": int,
-                   "momentum": {...: torch.Tensor}, "losses": torch.float64, "hits": torch.int64}}
-
-
-def fits(value, form):
-    """Is `value`, read from a file, of this form? A form is a type or several, a tensor's dtype, a
-    set of values, a list of one form, or a dict of forms by name, with ... for every name. Numbers
-    must be finite; torch.Tensor stands for what networks consist of, float32 and int64."""
-    if isinstance(form, dict):
-        return isinstance(value, dict) and (
-            all(isinstance(k, str) and fits(v, form[...]) for k, v in value.items()) if ... in form
-            else all(k in value and fits(value[k], f) for k, f in form.items()))
-    if isinstance(form, list):
-        return isinstance(value, list) and all(fits(v, form[0]) for v in value)
-    if isinstance(form, set):
-        return isinstance(value, str) and value in form
-    if form is torch.Tensor or isinstance(form, torch.dtype):
-        dtypes = (torch.float32, torch.int64) if form is torch.Tensor else (form,)
-        return (isinstance(value, torch.Tensor) and value.dtype in dtypes
-                and value.layout == torch.strided and bool(value.isfinite().all()))
-    return isinstance(value, form) and not (isinstance(value, float) and not math.isfinite(value))
+    data = buffer.getvalue()
+    write(path, data + hashlib.sha256(data).digest())
 
 
 def read(path, *kinds):
-    """The checkpoint dict at `path`, checked; tensors on the CPU.
-
-    Every byte of content is covered by the zip's checksums, nothing but plain types is unpickled
-    (weights_only), the contents have the form of their kind, which must be one of `kinds` if any
-    are given. Raises Refused otherwise."""
+    """The checkpoint dict at `path`, tensors on the CPU. Nothing but plain types is unpickled
+    (weights_only). Raises Refused for a damaged or foreign file, and for another kind than `kinds`,
+    if any are given."""
     if not os.path.isfile(path):
         raise Refused(f"{path}: no such checkpoint; train.py and prune.py write them")
-    checked = io.BytesIO()
     with open(path, "rb") as file:
-        content = io.BytesIO(file.read())
+        data = file.read()
     try:
-        # A zip's index has no checksum, and torch's reader believes it: one flipped bit there makes
-        # a tensor of whatever is in memory. So torch gets a new archive of the contents that were
-        # checked.
-        with zipfile.ZipFile(content) as archive, zipfile.ZipFile(checked, "w") as fresh:
-            for name in set(archive.namelist()):
-                fresh.writestr(name, archive.read(name))
-        checked.seek(0)
-        checkpoint = torch.load(checked, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch and zipfile raise a dozen kinds, all with one meaning here
-        raise Refused(f"{path}: not a checkpoint of this project, or damaged; write it again "
-                      f"({type(problem).__name__})") from None
-    if not fits(checkpoint, {"format": int, "kind": set(FORMS)}) or checkpoint["format"] != FORMAT:
-        raise Refused(f"{path}: not a checkpoint of this project (format {FORMAT})")
-    if not fits(checkpoint, FORMS[checkpoint["kind"]]):
-        raise Refused(f"{path}: lacks parts of a {checkpoint['kind']} checkpoint, or they are of "
-                      "another type or not finite; write it again")
+        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+            raise ValueError
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        known = checkpoint["format"] == FORMAT and checkpoint["kind"]
+    except Exception:             # torch raises a dozen kinds, all with one meaning here
+        known = None
+    if not known:
+        raise Refused(f"{path}: not a checkpoint of this project (format {FORMAT}), or damaged; "
+                      "write it again")
     if kinds and checkpoint["kind"] not in kinds:
         raise Refused(f"{path}: is a {checkpoint['kind']} checkpoint, not {' or '.join(kinds)}")
     return checkpoint
 
 
-def restore(checkpoint, path="checkpoint"):
-    """The network of a checkpoint dict, in eval mode. Raises Refused where its tensors do not fit.
-    """
-    try:
-        network = from_state(checkpoint["arch"], checkpoint["classes"], checkpoint["model"])
-        count(network, checkpoint["side"])
-        *_, last = (m for m in network.modules() if isinstance(m, nn.Linear))
-        if last.out_features != checkpoint["classes"]:
-            raise ValueError("classes")
-    except (Refused, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError):
-        raise Refused(f"{path}: its tensors do not make up the network it names "
-                      f"({checkpoint.get('arch')})") from None
-    return network
+def restore(checkpoint):
+    """The network of a checkpoint dict, at its true size, in eval mode."""
+    return from_state(checkpoint["arch"], checkpoint["classes"], checkpoint["model"])
 
 
 def load(path):
     """The network of any checkpoint this project writes, a pruned one at its true size, in eval
     mode. Input: (n, 3, side, side) floats, normalised with the checkpoint's mean and std."""
-    return restore(read(path), path)
+    return restore(read(path, "dense", "pruned", "retrained"))

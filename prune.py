@@ -5,11 +5,14 @@
     python prune.py runs/cifar10-resnet56-s0/dense.pt --plan B   # the paper's PFEC-B
     python prune.py DENSE.pt --structure weights --sparsity 0.9 --method magnitude taylor obd
 
+A network in memory: small = prune.shrunk(network, sparsity=0.5).
+
 Filters are removed physically: the network becomes smaller and computes what the masked original
 computes. Weights are set to 0 and stay 0 in retraining. A pruned or retrained checkpoint can be
 pruned again; weight sparsity counts what is already zero. Every criterion is a score (`saliency`);
 what is kept follows from the scores in one place (`keep_filters`, `weight_masks`).
 """
+import copy
 import math
 import os
 
@@ -18,7 +21,6 @@ import torch
 import torch.nn.functional as F
 
 import models
-import schedules
 import train
 from schedules import Refused, number
 from train import say
@@ -26,8 +28,9 @@ from train import say
 METHODS = ("magnitude", "random", "taylor", "obd", "hrank")
 NEED_DATA = ("taylor", "obd", "hrank")
 
-# The paper's plans (Li 2017; Le & Hua 2021, appendix): share of filters removed in each stage and
-# the conv ids that are left alone (the stem is 1). VGG-16: the width of each of the 13 convs.
+# The paper's plans (Li 2017; Le & Hua 2021, appendix), as arguments of `filters_to_keep`: the share
+# of filters removed in each stage and the conv ids that are left alone (the stem is 1). VGG-16: the
+# width of each of the 13 convs.
 _56, _110, _34 = (16, 18, 20, 34, 38, 54), (36, 38, 74), (2, 8, 14, 16, 26, 28, 30, 32)
 PLANS = {
     "resnet56": {"A": ((.1, .1, .1), (16, 20, 38, 54)), "B": ((.6, .3, .1), _56),
@@ -35,9 +38,9 @@ PLANS = {
     "resnet110": {"A": ((.5, 0, 0), (36,)), "B": ((.5, .4, .3), _110), "C": ((.5, .5, .5), _110),
                   "D": ((.5, .6, .7), _110)},
     "resnet34": {"A": ((.3, .3, .3, 0), _34), "B": ((.5, .6, .4, 0), _34)},
-    "vgg16": {"A": (32, 64, 128, 128, 256, 256, 256, 256, 256, 256, 256, 256, 256),
-              "B": (32, 64, 128, 128, 196, 196, 196, 196, 196, 256, 256, 256, 256),
-              "C": (32, 64, 64, 128, 128, 128, 128, 196, 196, 196, 196, 196, 196)},
+    "vgg16": {"A": ((32, 64, 128, 128, *[256] * 9),),
+              "B": ((32, 64, 128, 128, *[196] * 5, *[256] * 4),),
+              "C": ((32, 64, 64, *[128] * 4, *[196] * 6),)},
 }
 
 
@@ -105,24 +108,20 @@ def saliency(network, method, structure, names, seed=0, calibration=None):
 
 # ---- what to keep --------------------------------------------------------------------------------
 
-def filters_to_keep(network, arch, sparsity, plan):
+def filters_to_keep(network, shares, skipped=()):
     """How many filters each prunable conv keeps: {conv: int(C * (1 - p))}, at least 1.
 
-    sparsity: one share or one for each stage; or the name of one of the paper's plans for `arch`.
+    shares: p, one for all or one for each stage, skipped: the conv ids left alone; or, in place of
+    shares, the wanted width of each conv. So `filters_to_keep(network, *PLANS["resnet56"]["B"])`.
     """
     units = models.prunable(network)
     width = {u.conv: network.get_submodule(u.conv).out_channels for u in units}
-    if plan and plan not in PLANS.get(arch, {}):
-        known = (f"known: {' '.join(PLANS[arch])}" if arch in PLANS
-                 else f"plans exist for {', '.join(PLANS)}")
-        raise Refused(f"argument --plan: no plan {plan} for {arch}; {known}")
-    if plan and arch == "vgg16":
-        return {u.conv: min(w, width[u.conv]) for u, w in zip(units, PLANS[arch][plan])}
-    shares, skipped = PLANS[arch][plan] if plan else (sparsity, ())
+    if len(shares) == len(units) and max(shares) > 1:
+        return {u.conv: min(w, width[u.conv]) for u, w in zip(units, shares)}
     stages = units[-1].stage
     if len(shares) not in (1, stages):
-        raise Refused(f"argument --sparsity: {len(shares)} values, but {arch} has {stages} stages; "
-                      f"give 1 or {stages}")
+        raise Refused(f"argument --sparsity: {len(shares)} values, but this network has {stages} "
+                      f"stages; give 1 or {stages}")
     shares = list(shares) * (stages if len(shares) == 1 else 1)
     # 1e-9: 10 * (1 - 0.9) is 0.99…98 in floating point and means 1.
     return {u.conv: width[u.conv] if u.number in skipped else
@@ -153,6 +152,8 @@ def weight_masks(weights, scores, sparsity, scope="global"):
     """Which weights stay: {name: bool mask}; round(sparsity * n) of the n weights do not, counting
     those already zero, which go first. global: one ranking of all (Han 2015); layer: each by
     itself."""
+    check_sparsity(weights, sparsity, scope)
+
     def mask(names):
         flat = torch.cat([torch.where(weights[n] == 0, -1.0, scores[n].double()).flatten()
                           for n in names])
@@ -165,9 +166,55 @@ def weight_masks(weights, scores, sparsity, scope="global"):
     return {n: m for name in weights for n, m in mask([name]).items()}
 
 
-# ---- pruning a checkpoint ------------------------------------------------------------------------
+def check_sparsity(weights, sparsity, scope="global"):
+    """Refuse a share of the weights that is less than are zero already, or that leaves none, in all
+    or, with scope layer, in a layer."""
+    for ranked in [weights.values()] if scope == "global" else [[w] for w in weights.values()]:
+        total = sum(w.numel() for w in ranked)
+        already = sum((w == 0).sum().item() for w in ranked)
+        if already > round(sparsity * total):
+            raise Refused(f"argument --sparsity: {sparsity} of the weights, but "
+                          f"{already / total:.4f} are zero already; sparsity is cumulative")
+        if round(sparsity * total) == total:
+            raise Refused(f"argument --sparsity: {sparsity:.9g} of {total} weights leaves none")
 
-def prune(checkpoint, how, calibration=None, path="checkpoint"):
+
+# ---- pruning a network, and a checkpoint ---------------------------------------------------------
+
+def choose_filters(network, plan, method="magnitude", scope="layer", seed=0, calibration=None):
+    """The filters to keep, {conv: indices}; plan: arguments of `filters_to_keep`."""
+    counts = filters_to_keep(network, *plan)
+    names = [conv + ".weight" for conv in counts]
+    scores = saliency(network, method, "filters", names, seed, calibration)
+    return keep_filters({n[:-7]: s.cpu() for n, s in scores.items()}, counts, scope)
+
+
+def shrunk(network, sparsity=0.5, method="magnitude", plan=None, scope="layer", seed=0,
+           calibration=None):
+    """A smaller copy of a network in memory, in eval mode; the network itself is left as it is.
+
+    sparsity: the share of filters to remove; plan: instead, one of PLANS, as
+    PLANS["resnet56"]["B"]. method, seed, calibration: as `saliency`; scope: as `keep_filters`.
+    Raises Refused for a network that cannot be cut (see `models.prunable`)."""
+    if method in NEED_DATA and not calibration:
+        raise Refused(f"{method} ranks by images: give calibration=(images, labels)")
+    small = copy.deepcopy(network).eval()
+    keep = choose_filters(small, plan or ([sparsity],), method, scope, seed, calibration)
+    return models.resize(small, models.shrink(small.state_dict(), models.prunable(small), keep))
+
+
+def plan_of(how, arch):
+    """The arguments of `filters_to_keep` that a way of pruning means for `arch`."""
+    if not how["plan"]:
+        return (how["sparsity"],)
+    plans = PLANS.get(arch, {})
+    if how["plan"] not in plans:
+        known = f"known: {' '.join(plans)}" if plans else f"plans exist for {', '.join(PLANS)}"
+        raise Refused(f"argument --plan: no plan {how['plan']} for {arch}; {known}")
+    return plans[how["plan"]]
+
+
+def prune(checkpoint, how, calibration=None):
     """A pruned copy of a checkpoint dict (dense, pruned or retrained).
 
     how: dict with method, structure, sparsity (list), plan, scope, seed, include_linear,
@@ -175,158 +222,142 @@ def prune(checkpoint, how, calibration=None, path="checkpoint"):
     are left (`kept`), and what the adaptive linear schedule needs: `removed`, the share of the conv
     weights this call took away, and `distance`, how far it moved them (see
     schedules.adaptive_peak)."""
-    network = models.restore(checkpoint, path)
+    network = models.restore(checkpoint)
     if calibration:
         network.to(calibration[0].device)
-    weights = {n: network.get_parameter(n).detach().cpu()
-               for n in models.weight_names(network, how["include_linear"])}
-    units = models.prunable(network)
-    if how["structure"] == "filters":
-        zero = any((w == 0).any() for w in weights.values())
-        if zero:
-            raise Refused(f"{path}: its weights are pruned; --structure filters cannot go on from "
-                          "there")
-        names = [u.conv + ".weight" for u in units]
-    else:
-        if checkpoint.get("kept"):
-            raise Refused(f"{path}: its filters are pruned; --structure weights cannot go on from "
-                          "there")
-        names = list(weights)
-    scores = {n: s.cpu() for n, s in saliency(network, how["method"], how["structure"], names,
-                                              how["seed"], calibration).items()}
+    names = models.weight_names(network, how["include_linear"])
     state, kept = checkpoint["model"], dict(checkpoint.get("kept", {}))
     if how["structure"] == "filters":
-        counts = filters_to_keep(network, checkpoint["arch"], how["sparsity"], how["plan"])
-        keep = keep_filters({u.conv: scores[u.conv + ".weight"] for u in units}, counts,
-                            how["scope"])
-        state = models.shrink(state, units, keep)
+        keep = choose_filters(network, plan_of(how, checkpoint["arch"]), how["method"],
+                              how["scope"], how["seed"], calibration)
+        state = models.shrink(state, models.prunable(network), keep)
         kept = {c: kept[c][k] if c in kept else k for c, k in keep.items()}
     else:
-        already = sum((w == 0).sum().item() for w in weights.values())
-        total = sum(w.numel() for w in weights.values())
-        if already > round(how["sparsity"][0] * total):
-            raise Refused(f"argument --sparsity: {how['sparsity'][0]} of the weights, but "
-                          f"{already / total:.4f} are zero already; sparsity is cumulative")
-        masks = weight_masks(weights, scores, how["sparsity"][0], how["scope"])
+        scores = saliency(network, how["method"], "weights", names, how["seed"], calibration)
+        masks = weight_masks({n: state[n] for n in names}, {n: s.cpu() for n, s in scores.items()},
+                             how["sparsity"][0], how["scope"])
         state = {n: v * masks[n] if n in masks else v for n, v in state.items()}
-    before, after = (torch.cat([s[n].flatten().double() for n in weights])
+    before, after = (torch.cat([s[n].flatten().double() for n in names])
                      for s in (checkpoint["model"], state))
     params, macs = models.count(models.from_state(checkpoint["arch"], checkpoint["classes"], state),
                                 checkpoint["side"])
     return {**checkpoint, "kind": "pruned", "model": state, "kept": kept, "pruning": how,
-            "params": params, "macs": macs,
+            "source": models.digest(checkpoint["model"]), "params": params, "macs": macs,
             "removed": 1 - ((after != 0).sum() / (before != 0).sum()).item(),
             "distance": ((before.square().sum() - after.square().sum()).abs().sqrt()
                          / before.norm()).item(),
             "dense_id": checkpoint.get("dense_id") or models.digest(checkpoint["model"])}
 
 
+def calibration_of(how, data, machine):
+    """The training images that `how` ranks by, or all if there are fewer, not augmented, as
+    `saliency` takes them; None if it needs none."""
+    if how["method"] not in NEED_DATA:
+        return None
+    draw, (images, labels) = np.random.default_rng((11, how["seed"])), data.train
+    chosen = torch.from_numpy(draw.permutation(len(labels))[:how["calibration_images"]])
+    if not isinstance(images, list):
+        images = images[:, :, train.PAD:-train.PAD, train.PAD:-train.PAD]
+    batches = train.plain_batches((images, labels), chosen, data, machine)
+    return tuple(torch.cat(parts) for parts in zip(*batches))
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
 def label(how):
     """The name of a way of pruning, for files and tables."""
     amount = f"plan{how['plan']}" if how["plan"] else "_".join(f"{p:g}" for p in how["sparsity"])
     usual = "layer" if how["structure"] == "filters" else "global"
     extras = [how["scope"]] * (how["scope"] != usual) + ["linear"] * how["include_linear"]
-    extras += [f"s{how['seed']}"] * (how["seed"] != 0) + ["dry"] * how["dry_run"]
-    return "-".join([how["structure"], how["method"], amount, *extras])
+    return "-".join([how["structure"], how["method"], amount, *extras]
+                    + [f"s{how['seed']}"] * (how["seed"] != 0))
 
 
-def counts_by_layer(before, after):
-    """What pruning did to each layer, as `name 16->8` (filters) or `name 12 %` (weights left)."""
-    lines = []
-    network = models.from_state(before["arch"], before["classes"], before["model"])
-    for name in models.weight_names(network, include_linear=True):
-        old, new = before["model"][name], after["model"][name]
-        left = (new != 0).sum().item() / new.numel()
-        if old.shape[0] != new.shape[0]:
-            lines.append(f"{name[:-7]} {old.shape[0]}->{new.shape[0]}")
-        elif left < 1:
-            lines.append(f"{name[:-7]} {100 * left:.1f} %")
-    return ", ".join(lines)
+def ways(args, flags):
+    """What the command line asks for: a dict for each method, as `prune` takes it."""
+    weights = args.structure == "weights"
+    sparsity = args.sparsity or ([] if args.plan else [0.5])
+    for flag, bad in (
+            ("--plan: says how much to prune; leave out --sparsity", args.plan and args.sparsity),
+            ("--plan: is for filters", args.plan and weights),
+            ("--sparsity: one value with --structure weights", weights and len(sparsity) != 1),
+            ("--method: hrank ranks filters, not weights", weights and "hrank" in args.method),
+            ("--include-linear: is for --structure weights", args.include_linear and not weights),
+            ("--dry-run: prunes what train.py --dry-run wrote; name no checkpoint",
+             args.dry_run and args.checkpoint),
+            ("--out: one file, but there are several checkpoints or methods",
+             args.out and len(args.checkpoint or [0]) * len(args.method) > 1)):
+        if bad:
+            flags.error(f"argument {flag}")
+    return [{"structure": args.structure, "method": method, "sparsity": sparsity,
+             "plan": args.plan, "scope": args.scope or ("global" if weights else "layer"),
+             "seed": args.seed, "include_linear": args.include_linear,
+             "calibration_images": args.calibration_images} for method in args.method]
 
 
-def run(args):
-    structure = args.structure
-    how = {"structure": structure, "sparsity": args.sparsity or ([] if args.plan else [0.5]),
-           "plan": args.plan, "seed": args.seed, "include_linear": args.include_linear,
-           "scope": args.scope or ("layer" if structure == "filters" else "global"),
-           "calibration_images": args.calibration_images}
-    if args.plan and args.sparsity:
-        raise Refused("argument --plan: says how much to prune; leave out --sparsity")
-    if structure == "weights" and args.plan:
-        raise Refused("argument --plan: is for filters; give --sparsity with --structure weights")
-    if structure == "weights" and len(how["sparsity"]) != 1:
-        raise Refused("argument --sparsity: one value with --structure weights")
-    if structure == "weights" and "hrank" in args.method:
-        raise Refused("argument --method: hrank ranks filters, not weights")
-    if structure == "filters" and args.include_linear:
-        raise Refused("argument --include-linear: is for --structure weights")
-    sources = args.checkpoint or [os.path.join("runs", "shapes-resnet8-s0", "dense.pt")]
-    if args.out and len(sources) * len(args.method) > 1:
-        raise Refused("argument --out: one file, but there are several checkpoints or methods")
-    checkpoints = [models.read(s, "dense", "pruned", "retrained") for s in sources]
-    machine = train.the_machine(args)
-    made = {}           # written when all is done: what is refused half way leaves nothing behind
-    for source, checkpoint in zip(sources, checkpoints):
-        network = models.restore(checkpoint, source)
-        data = train.load_data(checkpoint["recipe"], args.data_dir or checkpoint["data_dir"],
-                               machine.device, args.dry_run, checkpoint,
-                               training=any(m in NEED_DATA for m in args.method))
-        say(f"{source}: test {train.evaluate(network.to(machine.device), data, machine):.2f} %, "
-            f"{train.summary(network, data.side)}")
-        for method in args.method:
-            calibration = (train.calibration(data, args.calibration_images, args.seed, machine)
-                           if method in NEED_DATA else None)
-            way = {**how, "method": method,
-                   "dry_run": args.dry_run and not checkpoint["recipe"]["dry_run"]}
-            pruned = prune(checkpoint, way, calibration, source)
-            network = models.restore(pruned, source).to(machine.device)
-            pruned["test_accuracy"] = train.evaluate(network, data, machine)
-            stem = "" if checkpoint["kind"] == "dense" else os.path.basename(source)[:-3] + "--"
-            target = args.out or os.path.join(os.path.dirname(source), f"{stem}{label(way)}.pt")
-            check_target(target, pruned)
-            made[target] = pruned
-            say(f"{label(way)}: test {pruned['test_accuracy']:.2f} %, "
-                f"{train.summary(network, data.side)}\n  {counts_by_layer(checkpoint, pruned)}")
-    for target, pruned in made.items():
-        models.save(target, pruned)
-    say(f"Wrote {' '.join(made)}. Next: python retrain.py {' '.join(made)}")
-
-
-def check_target(target, pruned):
-    """Refuse to overwrite anything but the same pruned network, or a dry run's."""
-    if not os.path.exists(target):
-        return
-    there = models.read(target)
-    same = (there["kind"] == "pruned" and there["pruning"] == pruned["pruning"]
-            and models.digest(there["model"]) == models.digest(pruned["model"]))
-    if not same and not (there["kind"] == "pruned" and there["recipe"]["dry_run"]):
+def target_of(source, checkpoint, how, out):
+    """The file to write; refuses, before anything is computed, what cannot be done or would
+    overwrite something else."""
+    network, kept = models.restore(checkpoint), checkpoint.get("kept")
+    zero = any((network.get_parameter(n) == 0).any() for n in models.weight_names(network))
+    if how["structure"] == "filters":
+        filters_to_keep(network, *plan_of(how, checkpoint["arch"]))
+    if zero if how["structure"] == "filters" else kept:
+        raise Refused(f"{source}: its {'weights' if zero else 'filters'} are pruned; --structure "
+                      f"{how['structure']} cannot go on from there")
+    stem = "" if checkpoint["kind"] == "dense" else os.path.basename(source)[:-3] + "--"
+    target = out or os.path.join(os.path.dirname(source), f"{stem}{label(how)}.pt")
+    there = models.read(target) if os.path.exists(target) else None
+    if there and (there.get("pruning"), there.get("source")) != (
+            how, models.digest(checkpoint["model"])):
         raise Refused(f"{target}: holds something else; name another file with --out, or remove it")
+    if not os.path.isdir(os.path.dirname(target) or "."):
+        raise Refused(f"argument --out: there is no folder {os.path.dirname(target)}")
+    return target
+
+
+def run(args, flags):
+    hows, written = ways(args, flags), []
+    sources = args.checkpoint or [f"runs/shapes-resnet8-s0{'-dry' * args.dry_run}/dense.pt"]
+    checkpoints = {s: models.read(s, "dense", "pruned", "retrained") for s in sources}
+    todo = [(source, how, target_of(source, checkpoint, how, args.out))
+            for source, checkpoint in checkpoints.items() for how in hows]
+    machine = train.the_machine(args)
+    for source, how, target in todo:
+        checkpoint = checkpoints[source]
+        data = train.data_for(checkpoint, args, machine)
+        pruned = prune(checkpoint, how, calibration_of(how, data, machine))
+        network = models.restore(pruned).to(machine.device)
+        pruned["test_accuracy"] = train.evaluate(network, data, machine)
+        models.save(target, pruned)
+        written.append(target)
+        say(f"{source}: test {checkpoint['test_accuracy']:.2f} %; {label(how)}: test "
+            f"{pruned['test_accuracy']:.2f} %, {train.summary(network, data.side)}")
+    say(f"Wrote {' '.join(written)}. Next: python retrain.py {' '.join(written)}")
 
 
 def main(argv=None):
-    flags = schedules.parser(__doc__)
-    flags.add_argument("checkpoint", nargs="*", type=schedules.path,
-                       help="default: runs/shapes-resnet8-s0/dense.pt")
-    flags.add_argument("--method", nargs="+", choices=METHODS, default=["magnitude", "random"])
-    flags.add_argument("--structure", choices=("filters", "weights"), default="filters")
-    flags.add_argument("--sparsity", nargs="+", type=number(float, 0, 1, below=True), metavar="P",
-                       help="share to remove (default 0.5); filters: one value, or one for each "
-                            "stage")
-    flags.add_argument("--plan", choices=("A", "B", "C", "D", "I"),
-                       help="a plan of the paper, for filters")
-    flags.add_argument("--scope", choices=("layer", "global"),
-                       help="rank within each layer (default for filters) or all together "
-                            "(weights)")
-    flags.add_argument("--include-linear", action="store_true", help="weights: Linear layers too")
-    flags.add_argument("--calibration-images", type=number(int, 1), default=640, metavar="N",
-                       help="training images for taylor, obd and hrank")
-    flags.add_argument("--seed", type=number(int, 0), default=0,
-                       help="of random, and of those images")
-    flags.add_argument("--out", type=schedules.path, metavar="FILE",
-                       help="default: beside the checkpoint, named by the method")
+    flags = train.parser(__doc__, "[CHECKPOINT ...] ")
+    add = flags.add_argument_group("run").add_argument
+    add("checkpoint", nargs="*", metavar="CHECKPOINT", help="runs/shapes-resnet8-s0/dense.pt")
+    add("--out", metavar="FILE", help="default: beside the checkpoint, named by the method")
+    add("--seed", type=number(int, 0), default=0, metavar="S",
+        help="of random, and of the calibration images (default %(default)s)")
+    add = flags.add_argument_group("method").add_argument
+    add("--method", nargs="+", choices=METHODS, default=["magnitude", "random"], metavar="NAME",
+        help=f"{' '.join(METHODS)} (default magnitude random)")
+    add("--structure", choices=("filters", "weights"), default="filters", help="default filters")
+    add("--sparsity", nargs="+", type=number(float, 0, 1, below=True), metavar="P",
+        help="share to remove (default 0.5); filters: one, or one for each stage")
+    add("--plan", choices=("A", "B", "C", "D", "I"), help="the paper's, for filters (default none)")
+    add("--scope", choices=("layer", "global"),
+        help="rank within a layer (default for filters) or all together (default for weights)")
+    add("--include-linear", action="store_true", help="weights: Linear layers too (default: no)")
+    add("--calibration-images", type=number(int, 1), default=640, metavar="N",
+        help="training images for taylor, obd and hrank (default %(default)s)")
     train.machine_flags(flags)
-    run(flags.parse_args(argv))
+    run(flags.parse_args(argv), flags)
 
 
 if __name__ == "__main__":
-    schedules.command(main)
+    train.command(main)

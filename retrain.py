@@ -2,26 +2,34 @@
 """Retrain pruned networks: start weights x learning-rate schedule, as many as wanted, one table.
 
     python retrain.py                                  # the default run's pruned networks
-    python retrain.py PRUNED.pt --schedule finetune one_cycle --epochs 40 72 --seed 0 1 2
-    python retrain.py PRUNED.pt --schedule slr --rounds 8
-                                                       # iterative: retrain, prune again, retrain …
+    python retrain.py PRUNED.pt --schedule finetune one_cycle --epochs 40 72 --seed 0 1 2 --jobs 2
+    python retrain.py PRUNED.pt --schedule slr --rounds 8        # retrain, prune again, retrain …
     python retrain.py --report runs/A runs/B           # the report again, from the rows alone
 
 A retraining is `train.fit` with other start weights (`start`) and another schedule
 (`schedules.retrain`); everything else comes from the dense run's recipe, so that all arms share
 batch size, weight decay, data order and budget. Each finished run adds one line to results.jsonl in
-its run folder, which says all that is needed to run it again; a run that is there is not repeated.
+its run folder, which says all that is needed to run it again; a run that is there is not repeated,
+one that was interrupted goes on after its last finished epoch.
 """
 import argparse
 import contextlib
-import fcntl
 import glob
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import queue
 import re
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,9 +45,17 @@ DEFAULT = ["finetune", "weight_rewind", "lr_rewind", "slr", "one_cycle"]
 EVERY = (*schedules.RETRAIN, *schedules.SCRATCH_AT_EQUAL_COST)
 
 
-# ---- one run -------------------------------------------------------------------------------------
+# ---- one retraining, from start to row -----------------------------------------------------------
 
-def start(schedule, epochs, checkpoint, folder, seed):
+class Run(NamedTuple):
+    """What the command line asks for; what else defines a run comes from the pruned network."""
+    path: str           # of the pruned network
+    schedule: str
+    epochs: int         # the budget t
+    seed: int
+
+
+def start(run, checkpoint):
     """(network, momentum, masks) from which a variant starts.
 
     The pruned weights; for weight_rewind the dense run's weights, BN buffers and momentum at epoch
@@ -51,230 +67,275 @@ def start(schedule, epochs, checkpoint, folder, seed):
     if checkpoint["pruning"]["structure"] == "weights":
         names = models.weight_names(network, checkpoint["pruning"]["include_linear"])
         masks = {n: checkpoint["model"][n] != 0 for n in names}
-    if schedule == "weight_rewind":
-        snapshot = rewind_point(checkpoint, epochs, folder)
-        units = models.prunable(network)
-        network.load_state_dict(models.shrink(snapshot["model"], units, checkpoint["kept"]))
-        momentum = models.shrink(snapshot["momentum"], units, checkpoint["kept"])
-    elif schedule.startswith("scratch"):
-        models.initialise(network, seed)
+    if run.schedule == "weight_rewind":
+        units, kept = models.prunable(network), checkpoint["kept"]
+        model, momentum = (models.shrink(s, units, kept) for s in rewound(run, checkpoint))
+        network.load_state_dict(model)
+    elif run.schedule.startswith("scratch"):
+        models.initialise(network, run.seed)
     with torch.no_grad():
         for name, mask in masks.items():
             network.get_parameter(name).mul_(mask)
     return network, momentum, masks
 
 
-def rewind_point(checkpoint, epochs, folder):
-    """The dense run's state before epoch max(0, T - t), as train.py kept it in `folder`."""
-    epoch = max(0, checkpoint["recipe"]["epochs"] - epochs)
-    path = train.snapshot_path(os.path.join(folder, "dense.pt"), epoch)
+def rewound(run, checkpoint):
+    """(weights and buffers, momentum) of the dense run before epoch max(0, T - t): how it began, or
+    as train.py kept it in the run folder."""
+    epoch = max(0, checkpoint["recipe"]["epochs"] - run.epochs)
+    if epoch == 0:
+        return train.initial(checkpoint["recipe"], checkpoint["classes"]).state_dict(), {}
+    path = train.snapshot_path(run.path, epoch)
     if not os.path.exists(path):
-        names = (re.fullmatch(r"epoch-(\d+)\.pt", name) for name in os.listdir(folder or "."))
-        kept = sorted(int(name[1]) for name in names if name)
-        raise Refused(f"argument --schedule: weight_rewind with {epochs} epochs needs {path}, "
-                      f"which was not kept (kept epochs: {' '.join(map(str, kept)) or 'none'}); "
-                      "see train.py --snapshot-every")
+        kept = sorted(glob.glob(os.path.join(os.path.dirname(path), "epoch-*.pt")))
+        raise Refused(f"argument --schedule: weight_rewind with {run.epochs} epochs needs {path}, "
+                      f"which was not kept (but {' '.join(map(os.path.basename, kept)) or 'none'}"
+                      "); see train.py --snapshot-every")
     snapshot = models.read(path, "state")
     train.same_run(checkpoint["settings"], snapshot["settings"], path)
-    return snapshot
+    return snapshot["model"], snapshot["momentum"]
 
 
-def budget(schedule, epochs, checkpoint):
-    """Epochs a variant trains for a budget of `epochs`: more for the scratch arms at equal cost."""
-    total = checkpoint["recipe"]["epochs"]
-    if schedule == "scratch_e":
-        return total + epochs
-    if schedule == "scratch_b":
-        return int(total * checkpoint["dense_macs"] / checkpoint["macs"])
-    return epochs
+def settings_of(run, round, checkpoint, args, machine):
+    """(all that defines the run, as plain values; the name of its files, which ends with their
+    hash)."""
+    recipe, schedule = checkpoint["recipe"], run.schedule
+    longer = {"scratch_e": recipe["epochs"] + run.epochs,                  # at equal cost, Liu 2019
+              "scratch_b": recipe["epochs"] * checkpoint["dense_macs"] // checkpoint["macs"]}
+    settings = {
+        "pruned": models.digest(checkpoint["model"]), "dense": checkpoint["dense_id"],
+        "round": round, "schedule": schedule, "budget": run.epochs,
+        "epochs": longer.get(schedule, run.epochs), "seed": run.seed,
+        "lr": args.lr if schedule in schedules.TAKE_LR else None,
+        "end_lr": args.end_lr if schedule in schedules.TAKE_END_LR else None,
+        "cycle_momentum": args.cycle_momentum if schedule == "one_cycle" else None,
+        "batch_size": recipe["batch_size"], "weight_decay": recipe["weight_decay"],
+        "subset": recipe["subset"], "precision": "bf16" if machine.bf16 else "fp32"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    stem = os.path.basename(run.path)[:-3] + (f"--r{round}" if round > 1 else "")
+    return settings, f"{stem}-{schedule}-t{run.epochs}-s{run.seed}-{digest}"
 
 
-def run_id(settings):
-    """16 hex digits that identify what defines a run."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class Run:
-    """One retraining: what defines it (`settings`), its id, and where its files are."""
-    def __init__(self, path, checkpoint, schedule, epochs, seed, args, machine):
-        recipe = checkpoint["recipe"]
-        self.path, self.checkpoint = path, checkpoint
-        self.folder = os.path.dirname(path) or "."
-        dry = args.dry_run
-        self.asked, self.epochs = epochs, min(epochs, 2) if dry else epochs
-        trained = budget(schedule, self.epochs, checkpoint)
-        self.settings = {
-            "pruned": models.digest(checkpoint["model"]), "dense": checkpoint["dense_id"],
-            "round": checkpoint.get("round", 1), "schedule": schedule, "budget": self.epochs,
-            "epochs": min(trained, 4) if dry else trained, "seed": seed,
-            "lr": args.lr if schedule in schedules.TAKE_LR else None,
-            "end_lr": args.end_lr if schedule in schedules.TAKE_END_LR else None,
-            "cycle_momentum": args.cycle_momentum if schedule == "one_cycle" else None,
-            "batch_size": recipe["batch_size"], "weight_decay": recipe["weight_decay"],
-            "subset": recipe["subset"], "val_size": recipe["val_size"],
-            "precision": "bf16" if machine.bf16 else "fp32", "dry_run": dry or recipe["dry_run"]}
-        self.id = run_id(self.settings)
-        self.name = f"{os.path.basename(path)[:-3]}-{schedule}-t{self.epochs}-s{seed}-{self.id[:6]}"
-        self.target = os.path.join(self.folder, self.name + ".pt")
-        self.state = os.path.join(self.folder, self.name + ".state.pt")
-        if schedule == "weight_rewind":        # refuse before anything is trained
-            rewind_point(checkpoint, self.asked, self.folder)
-
-    def schedule(self, steps):
-        s, c = self.settings, self.checkpoint
-        return schedules.retrain(s["schedule"], s["epochs"], steps, c["recipe"], s["lr"],
-                                 s["end_lr"], s["cycle_momentum"] is not False, c["distance"],
-                                 c["removed"])
-
-    def part(self, t):
-        """What defines the row for budget `t`: finetune's shorter runs are the start of this one.
-        """
-        s = self.settings
-        epochs = min(t, s["epochs"]) if s["schedule"] == "finetune" else s["epochs"]
-        return {**s, "budget": t, "epochs": epochs}
-
-    def rows(self, curve, seconds, machine, budgets):
-        """The result rows: one, or for finetune one for each budget within the longest run."""
-        c, pruning = self.checkpoint, self.checkpoint["pruning"]
-        sparsity = pruning["sparsity"]
-        for t in budgets:
-            settings = self.part(t)
-            part = curve[:settings["epochs"]]
-            yield {
-                "run": run_id(settings),
-                "dataset": c["recipe"]["dataset"], "arch": c["arch"], "method": pruning["method"],
-                "structure": pruning["structure"], "plan": pruning["plan"],
-                "scope": pruning["scope"],
-                "sparsity": sparsity[0] if len(sparsity) == 1 else sparsity or None,
-                "pruning_seed": pruning["seed"], "include_linear": pruning["include_linear"],
-                "calibration_images": pruning["calibration_images"], **settings,
-                "test_accuracy": part[-1]["test_accuracy"],
-                "dense_test_accuracy": c["dense_test_accuracy"],
-                "pruned_test_accuracy": c["test_accuracy"],
-                "params": c["params"], "macs": c["macs"],
-                "nonzero": sum((v != 0).sum().item() for n, v in c["model"].items()
-                               if n.endswith((".weight", ".bias"))),
-                "dense_params": c["dense_params"], "dense_macs": c["dense_macs"], "curve": part,
-                "seconds": round(seconds * len(part) / len(curve), 1),
-                "device": train.device_name(machine), "torch": str(torch.__version__),
-                "recipe": c["recipe"], "distance": c["distance"], "removed": c["removed"],
-                "checkpoint": self.name + ".pt" if len(part) == len(curve) else None}
-
-    def __call__(self, args, machine, data, budgets):
-        """Train (or go on), write the retrained network, then the rows."""
-        c, s = self.checkpoint, self.settings
-        network, momentum, masks = start(s["schedule"], self.asked, c, self.folder, s["seed"])
-        steps = math.ceil(len(data.train[1]) / s["batch_size"])
-        say(f"{self.name}: {c['params']:,} parameters, {c['macs']:,} MACs, {s['epochs']} epochs")
-        curve, seconds = train.fit(network, data, self.schedule(steps), s, machine, self.state,
-                                   resume=args.resume, save_every=args.save_every, masks=masks,
-                                   momentum=momentum)
+def retrain(run, round, checkpoint, data, args, machine, send):
+    """One retraining: start weights, schedule, the loop; writes the retrained network and, in the
+    same file, its row. Returns that file's path; what is there already is not trained again."""
+    settings, name = settings_of(run, round, checkpoint, args, machine)
+    beside = os.path.join(os.path.dirname(run.path), name)
+    target, state = beside + ".pt", beside + ".state.pt"
+    if not os.path.exists(target):
+        steps = math.ceil(len(data.train[1]) / settings["batch_size"])
+        network, momentum, masks = start(run, checkpoint)
+        schedule = schedules.retrain(
+            run.schedule, settings["epochs"], steps, checkpoint["recipe"], settings["lr"],
+            settings["end_lr"], args.cycle_momentum, checkpoint["distance"], checkpoint["removed"])
+        for curve, seconds in train.fit(
+                network, data, schedule, {**settings, "data": checkpoint["settings"]["data"]}, machine,
+                state, masks, momentum):
+            send("epoch", name, curve[-1], settings["epochs"])
         if machine.rank == 0:
-            rows = list(self.rows(curve, seconds, machine, budgets))
-            models.save(self.target, {**c, "kind": "retrained", "model": dict(network.state_dict()),
-                                      "test_accuracy": curve[-1]["test_accuracy"], "run": self.id})
-            append(os.path.join(self.folder, "results.jsonl"), rows)
-            if os.path.exists(self.state):
-                os.remove(self.state)
+            models.save(target, {
+                **checkpoint, "kind": "retrained", "model": network.state_dict(),
+                "test_accuracy": curve[-1]["test_accuracy"],
+                "row": row_of(settings, checkpoint, curve, seconds, name, machine)})
+        if machine.world > 1:
+            torch.distributed.barrier()
+    if machine.rank == 0 and os.path.exists(state):
+        os.remove(state)
+    return target
 
 
-# ---- results.jsonl, shared by processes ----------------------------------------------------------
-
-_locks = {}
-MAYBE = (*models.REAL, type(None))
-ROW = {"run": str, "dataset": str, "arch": str, "method": str, "structure": str, "scope": str,
-       "plan": (str, type(None)), "sparsity": (float, list, type(None)), "include_linear": bool,
-       "dense": str, "round": int, "schedule": set(EVERY), "budget": int, "epochs": int,
-       "seed": int, "lr": MAYBE, "end_lr": MAYBE, "cycle_momentum": (bool, type(None)),
-       "dry_run": bool,
-       "test_accuracy": models.REAL, "dense_test_accuracy": models.REAL, "params": int, "macs": int,
-       "nonzero": int, "dense_params": int, "dense_macs": int, "curve": [models.POINT],
-       "seconds": models.REAL, "device": str, "torch": str, "recipe": models.RECIPE,
-       "distance": models.REAL, "removed": models.REAL}
-
-
-def lock(folder, name, wait):
-    """Take (True) or fail to take (False) the lock `name` of a run folder; it ends with the process
-    or with `unlock`. POSIX record locks on one hidden file: nothing is left behind by a killed
-    process."""
-    if folder not in _locks:
-        _locks[folder] = open(os.path.join(folder, ".lock"), "a+b")
-    at = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-    try:
-        fcntl.lockf(_locks[folder], fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, at)
-        return True
-    except BlockingIOError:
-        return False
+def rounds(run, args, machine, send):
+    """Retrain; with --rounds prune the result again by as much and retrain it, and so on. Sends
+    ("epoch", name, point of the curve, epochs) and ("row", file)."""
+    checkpoint = models.read(run.path, "pruned")
+    data, how = train.data_for(checkpoint, args, machine), checkpoint["pruning"]
+    for round in range(1, args.rounds + 1):
+        if round > 1:
+            how = {**how, "sparsity": later(checkpoint["pruning"], round)}
+            pruned = prune.prune(models.read(target), how, prune.calibration_of(how, data, machine))
+            network = models.restore(pruned).to(machine.device)
+            pruned["test_accuracy"] = train.evaluate(network, data, machine)
+        target = retrain(run, round, pruned if round > 1 else checkpoint, data, args, machine, send)
+        send("row", target)
 
 
-def unlock(folder, name):
-    at = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-    fcntl.lockf(_locks[folder], fcntl.LOCK_UN, 1, at)
+def later(how, round):
+    """The sparsity of a round. Weights: the same share of what is left, so .3, then .51, .66 …;
+    filters: the same share again."""
+    if how["structure"] == "filters":
+        return how["sparsity"]
+    return [1 - (1 - how["sparsity"][0]) ** round]
 
 
-def read_rows(path):
-    """The rows of a results.jsonl (none if there is no such file)."""
+def row_of(settings, checkpoint, curve, seconds, name, machine):
+    """The result row: one JSON object that says all that is needed to run it again."""
+    c, how = checkpoint, checkpoint["pruning"]
+    same = ("arch", "dense_test_accuracy", "params", "macs", "dense_params", "dense_macs", "recipe",
+            "distance", "removed")
+    return {
+        "format": models.FORMAT, "run": name, "dataset": c["recipe"]["dataset"],
+        **{k: c[k] for k in same}, **how, **settings, "pruning_seed": how["seed"],
+        "sparsity": how["sparsity"][0] if len(how["sparsity"]) == 1 else how["sparsity"] or None,
+        "test_accuracy": curve[-1]["test_accuracy"],
+        "pruned_test_accuracy": c["test_accuracy"],
+        "nonzero": sum((v != 0).sum().item() for n, v in c["model"].items()
+                       if n.endswith((".weight", ".bias"))),
+        "curve": curve, "seconds": round(seconds, 1), **train.provenance(machine.device)}
+
+
+# ---- many runs: their rows, their processes ------------------------------------------------------
+
+def read_rows(folder):
+    """{run: row} of a folder's results.jsonl. A half-written last line, which a crash left, is
+    passed over: that run's row is made again."""
+    path, rows = os.path.join(folder, "results.jsonl"), {}
     if not os.path.exists(path):
-        return []
-    rows = []
-    with open(path, "rb") as file:
-        for i, line in enumerate(file, 1):
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError):
-                rows.append(None)
-            if not models.fits(rows[-1], ROW):
-                raise Refused(f"{path}: line {i} is not a result row; remove it")
+        return rows
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = file.read().split("\n")
+    for i, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line, parse_constant=int)                      # refuses NaN
+            known = row["format"] == models.FORMAT
+            rows[row["run"]] = row
+        except (ValueError, RecursionError, KeyError, TypeError):
+            known = i == len(lines)
+        if not known:
+            raise Refused(f"{path}: line {i} is not a result row of format {models.FORMAT}; "
+                          "remove it")
     return rows
 
 
-@contextlib.contextmanager
-def results(folder):
-    """The path of a run folder's results.jsonl, which no other process changes meanwhile."""
-    lock(folder, "results", wait=True)
+def write_rows(folder, rows):
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows.values())
+    models.write(os.path.join(folder, "results.jsonl"), text.encode())
+
+
+def cores():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def begin_worker(args, jobs, places, messages):
+    """In each new process: its share of the cores, or its GPU; it ends when its parent ends."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C is the parent's
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // jobs))
+    begin_worker.rest = args, train.the_machine(args, places.get()), lambda *m: messages.put(m)
+
+
+def attempt(run, args, machine, send):
+    """`rounds`; what can fail in one run is sent, so that the others go on."""
     try:
-        yield os.path.join(folder, "results.jsonl")
-    finally:
-        unlock(folder, "results")
+        rounds(run, args, machine, send)
+    except (Refused, OSError) as problem:
+        send("failed", f"{run.path} {run.schedule} t={run.epochs} seed={run.seed}: {problem}")
 
 
-def append(path, rows):
-    """Add the rows that are not there yet, whole lines or nothing, while other processes do the
-    same."""
-    with results(os.path.dirname(path)):
-        there = {row["run"] for row in read_rows(path)}
-        lines = "".join(json.dumps(row) + "\n" for row in rows if row["run"] not in there).encode()
-        with open(path, "a+b", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 1))
-            if file.read(1) not in (b"", b"\n"):        # an edited file may lack its last line end
-                lines = b"\n" + lines
-            try:
-                if file.write(lines) != len(lines):
-                    raise OSError(f"{path}: the disk is full")
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(size)
-                raise
+def work(run):
+    """In a worker: one run."""
+    attempt(run, *begin_worker.rest)
 
 
-# ---- the table and the report --------------------------------------------------------------------
+def in_processes(todo, jobs, args, receive):
+    """An `attempt` at each Run, `jobs` at a time."""
+    context = multiprocessing.get_context("spawn")
+    places, messages = context.Queue(), context.Queue()
+    for place in range(jobs):
+        places.put(place)
+    with ProcessPoolExecutor(jobs, context, begin_worker, (args, jobs, places, messages)) as pool:
+        try:
+            futures = [pool.submit(work, run) for run in todo]
+            while not all(future.done() for future in futures):
+                with contextlib.suppress(queue.Empty):
+                    receive(*messages.get(timeout=0.2))
+            for future in futures:
+                future.result()
+        except BrokenProcessPool:
+            raise Refused("a worker process was killed; the same command goes on") from None
+        except BaseException:                          # Ctrl-C, a full disk: end the workers too
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
+    while not messages.empty():                        # all is sent: the workers have ended
+        receive(*messages.get())
+
+
+def retrain_all(runs, args, machine):
+    """Every run that is not there yet; rows are written as they come. Returns how many failed."""
+    checkpoints = {run.path: models.read(run.path, "pruned") for run in runs}
+    folders = {path: os.path.dirname(path) for path in checkpoints}
+    with contextlib.ExitStack() as stack:
+        for folder in dict.fromkeys(folders.values()):
+            stack.enter_context(train.working_in(folder or ".", machine))
+        rows = {folder: read_rows(folder) for folder in folders.values()}
+        todo = []
+        for run in runs:
+            _, name = settings_of(run, 1, checkpoints[run.path], args, machine)
+            if args.rounds == 1 and name in rows[folders[run.path]]:
+                say(f"{name}: done already")
+            else:
+                todo.append(run)
+        began, epochs, left, failed = time.monotonic(), 0, len(todo) * args.rounds, 0
+        whole = sum(run.epochs for run in todo) * args.rounds
+
+        def receive(kind, *news):
+            nonlocal epochs, left, failed
+            if kind == "epoch":
+                name, point, total = news
+                epochs += 1
+                seconds = (time.monotonic() - began) / epochs * max(0, whole - epochs)
+                say(f"{train.describe(point, total)}  {name}; {left} runs left, about "
+                    f"{train.clock(seconds)}")
+            elif kind == "failed":
+                failed += 1
+                print(f"retrain.py: failed: {news[0]}", file=sys.stderr, flush=True)
+            elif machine.rank == 0:
+                row, folder = models.read(*news, "retrained")["row"], os.path.dirname(*news)
+                rows[folder][row["run"]] = row
+                write_rows(folder, rows[folder])
+                left -= 1
+        jobs = min(args.jobs or (cores() if machine.device.type == "cpu" else 1), len(todo))
+        if jobs > 1 and machine.world == 1:
+            in_processes(todo, jobs, args, receive)
+        else:
+            for run in todo:
+                attempt(run, args, machine, receive)
+    return failed
+
+
+# ---- the report ----------------------------------------------------------------------------------
 
 def amount(row):
     """What was pruned, without the method: rows that agree in it can be compared."""
-    share = f"plan {row['plan']}" if row["plan"] else (
-        "/".join(f"{p:.0%}" for p in row["sparsity"]) if isinstance(row["sparsity"], list)
-        else f"{row['sparsity']:.3g}")
+    if not row["removed"]:
+        return "nothing"
+    shares = row["sparsity"] if isinstance(row["sparsity"], list) else [row["sparsity"]]
+    share = f"plan {row['plan']}" if row["plan"] else "/".join(f"{p:.3g}" for p in shares)
     usual = "layer" if row["structure"] == "filters" else "global"
     return (f"{row['structure']} {share}" + f" {row['scope']}" * (row["scope"] != usual)
             + " +linear" * row["include_linear"] + f" round {row['round']}" * (row["round"] > 1))
 
 
+def setting(row):
+    """What the arms of one comparison share, but the budget."""
+    return row["dataset"], row["arch"], amount(row), row["method"]
+
+
 def arm(row):
     """The column of a row: its schedule, with what is not as published."""
-    return (row["schedule"] + (f" lr={row['lr']:g}" if row["lr"] is not None else "")
-            + (f" end={row['end_lr']:g}" if row["end_lr"] is not None else "")
-            + (" flat-momentum" if row["cycle_momentum"] is False else ""))
+    return (row["schedule"] + (f"/lr={row['lr']:g}" if row["lr"] is not None else "")
+            + (f"/end={row['end_lr']:g}" if row["end_lr"] is not None else "")
+            + ("/flat-momentum" if row["cycle_momentum"] is False else ""))
+
+
+def pair(row):
+    """What two compared runs share: the dense network and the seeds."""
+    return row["dense"], row["pruning_seed"], row["seed"]
 
 
 def group(rows, key):
@@ -285,41 +346,49 @@ def group(rows, key):
     return found
 
 
+def by_arm(rows):
+    """{arm: rows} in the order of the schedules' names, variants behind their schedule."""
+    found = group(rows, arm)
+    return {a: found[a] for a in sorted(found, key=lambda a: (EVERY.index(a.split("/")[0]), a))}
+
+
+def with_shorter(rows):
+    """The rows, and of each finetune run, whose learning rate is constant, the shorter budgets that
+    other rows have: they are the start of its curve."""
+    budgets = sorted({r["budget"] for r in rows})
+    shorter = [{**r, "budget": t, "curve": r["curve"][:t],
+                "test_accuracy": r["curve"][t - 1]["test_accuracy"]}
+               for r in rows if r["schedule"] == "finetune" for t in budgets if t < r["budget"]]
+    return list({(setting(r), arm(r), pair(r), r["budget"]): r for r in shorter + rows}.values())
+
+
 def spread(values):
-    """`mean ± sd (n)` of some accuracies."""
+    """`mean ± sd` of some accuracies."""
     sd = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{sd} (n={len(values)})"
-
-
-def in_order(arms):
-    """Arms in the order of SPEC'd schedule names, variants behind their schedule."""
-    return sorted(arms, key=lambda a: (EVERY.index(a.split()[0]), a))
+    return f"{np.mean(values):.2f}{sd}"
 
 
 def table(rows):
     """Markdown: a line for each pruned network and budget, a column for each schedule."""
-    def setting(r):
-        return amount(r), r["method"], r["budget"]
     lines = []
-    for (dataset, arch), part in group(rows, lambda r: (r["dataset"], r["arch"])).items():
-        arms = in_order({arm(r) for r in part})
-        dense = spread(list({r["dense"]: r["dense_test_accuracy"] for r in part}.values()))
-        lines += [f"**{arch} on {dataset}**, dense {dense}; last-epoch test accuracy in %, "
-                  "mean ± sd (n), below it the difference to the dense network in pp and the "
-                  "seconds of a run.", "",
-                  "| pruned | method | params / MACs left | t | " + " | ".join(arms) + " |",
-                  "|---" * (4 + len(arms)) + "|"]
-        for (what, method, t), same in group(sorted(part, key=setting), setting).items():
-            left = same[0]["nonzero"] if same[0]["structure"] == "weights" else same[0]["params"]
-            cells = []
-            for name in arms:
-                mine = [r for r in same if arm(r) == name]
-                gains = [r["test_accuracy"] - r["dense_test_accuracy"] for r in mine]
-                cells.append(f"{spread([r['test_accuracy'] for r in mine])}<br>"
-                             f"{np.mean(gains):+.2f}, "
-                             f"{np.mean([r['seconds'] for r in mine]):.0f} s" if mine else "–")
-            lines.append(f"| {what} | {method} | {left / same[0]['dense_params']:.0%} / "
-                         f"{same[0]['macs'] / same[0]['dense_macs']:.0%} | {t} | "
+    for (dataset, arch), part in group(rows, lambda r: setting(r)[:2]).items():
+        arms = by_arm(part)
+        dense = list({r["dense"]: r["dense_test_accuracy"] for r in part}.values())
+        lines += [f"**{arch} on {dataset}**, dense {spread(dense)} (n={len(dense)}); last-epoch "
+                  "test accuracy in %, mean ± sd (difference to the dense network), n runs.", "",
+                  "| pruned | by | params / MACs left | t | n | " + " | ".join(arms) + " |",
+                  "|---" * (5 + len(arms)) + "|"]
+        for (*_, what, method, t), same in sorted(
+                group(part, lambda r: (*setting(r), r["budget"])).items()):
+            first, found = same[0], group(same, arm)
+            gains = {a: np.mean([r["test_accuracy"] - r["dense_test_accuracy"] for r in found[a]])
+                     for a in found}
+            cells = [f"{spread([r['test_accuracy'] for r in found[a]])} ({gains[a]:+.2f})"
+                     if a in found else "–" for a in arms]
+            kept = first["nonzero"] if first["structure"] == "weights" else first["params"]
+            n = "–".join(str(k) for k in sorted({len(runs) for runs in found.values()}))
+            lines.append(f"| {what} | {method} | {kept / first['dense_params']:.0%} / "
+                         f"{first['macs'] / first['dense_macs']:.0%} | {t} | {n} | "
                          + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
@@ -333,375 +402,241 @@ def t_quantile(freedom):
     return math.sqrt(freedom) * math.tan(np.interp(0.975, mass / mass[-1], angle))
 
 
-def interval(values):
-    """(mean, half width of the 95 % confidence interval): the half width is inf for one value."""
-    n = len(values)
-    half = t_quantile(n - 1) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.inf
-    return float(np.mean(values)), float(half)
-
-
 SAME = 1        # pp: two arms are called equal if the whole interval is within this of 0
 
+# What the paper (and this study) claims: words; the accuracies that are added and subtracted, each
+# (pruned by, schedule): m every method, c every one but random, - the unpruned network retrained;
+# `first`: at the shortest budget; and how the sum is to be.
+CLAIMS = (
+    ("C1 lr_rewind > finetune", "+m lr_rewind, -m finetune", ">"),
+    ("C1 slr > finetune", "+m slr, -m finetune", ">"),
+    ("C1 slr = lr_rewind", "+m slr, -m lr_rewind", "="),
+    ("C2 one_cycle > finetune", "+m one_cycle, -m finetune", ">"),
+    ("C2 one_cycle > lr_rewind", "+m one_cycle, -m lr_rewind", ">"),
+    ("C2 one_cycle > weight_rewind", "+m one_cycle, -m weight_rewind", ">"),
+    ("C2 one_cycle > slr", "+m one_cycle, -m slr", ">"),
+    ("C3 finetune gains nothing from epochs", "+m finetune, -m finetune first", "<="),
+    ("C4 one_cycle > dense", "+m one_cycle, -m dense", ">"),
+    ("C4 finetune < dense", "+m dense, -m finetune", ">"),
+    ("C6 random + one_cycle > c + finetune", "+random one_cycle, -c finetune", ">"),
+    ("C7 c > random under one_cycle", "+c one_cycle, -random one_cycle", ">"),
+    ("C7 that gap is smaller than under finetune",
+     "+c finetune, -random finetune, -c one_cycle, +random one_cycle", ">"),
+    ("one_cycle > the dense network retrained by it", "+m one_cycle, -- one_cycle", ">"),
+    ("one_cycle - finetune > that of the dense network",
+     "+m one_cycle, -m finetune, -- one_cycle, +- finetune", ">"),
+)
 
-def verdict(values, sign=1):
-    """Is the mean of `values` (paired differences, pp) above 0 (sign 1), below (-1), or equal (0)?
-    """
-    if not values:
-        return "not decided, an arm is missing"
-    mean, half = interval(values)
-    if len(values) < 2:
-        return f"not decided, n = 1 ({mean:+.2f})"
-    text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}], n = {len(values)}"
-    if sign == 0:
-        return ("**no** " if abs(mean) > half else
-                f"**yes, within {SAME:g}** " if abs(mean) + half <= SAME else "not decided ") + text
-    if sign * mean > half:
-        return "**yes** " + text
-    return ("**no, reversed** " if -sign * mean > half else "not decided ") + text
+
+def differences(terms, part, m, rows):
+    """(t, the sums of `terms` paired by dense network and seeds) at the longest budget at which
+    there are any; (None, []) if there is none."""
+    budgets = sorted({r["budget"] for r in part}, reverse=True)
+
+    def accuracies(who, schedule, t):
+        who = m if who in "mc" else who
+        key = "dense_test_accuracy" if schedule == "dense" else "test_accuracy"
+        return {pair(r): r[key] for r in (rows if who == "-" else part) if r["budget"] == t
+                and (r["method"] == who or who == "-" and not r["removed"])
+                and schedule in (arm(r), "dense")}
+    for t in budgets[:-1] if "first" in terms else budgets:
+        found = [(term[0], accuracies(*term[1:].split()[:2], budgets[-1] if "first" in term else t))
+                 for term in terms.split(", ")]
+        pairs = [k for k in found[0][1] if all(k in values for _, values in found)]
+        if pairs:
+            return t, [sum(values[k] if sign == "+" else -values[k] for sign, values in found)
+                       for k in pairs]
+    return None, []
 
 
-def paired(rows, one, other):
-    """Differences in accuracy between two arms (method, schedule), paired over (dense run, seed).
-    """
-    def accuracies(choice):
-        method, schedule = choice
-        return {(r["dense"], r["pruning_seed"], r["seed"]): r["test_accuracy"] for r in rows
-                if r["method"] == method and arm(r) == schedule}
-    a, b = accuracies(one), accuracies(other)
-    return [a[k] - b[k] for k in a if k in b]
+def verdict(values, relation):
+    """How the mean of `values` (paired sums, pp) stands to 0, with Student's 95 % interval."""
+    mean, n = float(np.mean(values)), len(values)
+    if n < 3:
+        return f"not decided {mean:+.2f}, n = {n}"
+    half = t_quantile(n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    low, high = mean - half, mean + half
+    yes, no = {">": (low > 0, high < 0), "<=": (low <= 0 and high <= SAME, low > 0),
+               "=": (-SAME <= low <= 0 <= high <= SAME, low > 0 or high < 0)}[relation]
+    word = "**yes**" if yes else "**no**" if no else "not decided"
+    return f"{word} {mean:+.2f} [{low:+.2f}, {high:+.2f}], n = {n}"
 
 
 def claims(rows):
-    """The paper's claims (C1-C8) against the rows: markdown with a verdict each, differences in pp.
-
-    Where several budgets were run, at the longest one that has the arms."""
-    lines = ["| claim | network | verdict: difference in pp [95 % interval] |", "|---|---|---|"]
-    signs = []
-    for (dataset, arch, what), part in group(
-            rows, lambda r: (r["dataset"], r["arch"], amount(r))).items():
-        methods = sorted({r["method"] for r in part}, key=lambda m: (m == "random", m))
-        criteria = [m for m in methods if m != "random"]
-        found = [claim for m in methods for claim in claims_of_method(part, m)]
-        if "random" in methods:
-            found += [claim for m in criteria for claim in claims_against_random(part, m)]
-        signs += [np.mean(d) > 0 for text, t, d, _ in found if text.startswith("C2 CLR > FT") and d]
-        lines += [f"| {text} | {arch} {what}, t={t} | {verdict(differences, sign)} |"
-                  for text, t, differences, sign in found]
-    if signs:
-        lines.append(f"| C8 CLR − FT > 0 everywhere | all | {sum(signs)} of {len(signs)} settings "
-                     "have a positive mean |")
+    """The claims against the rows: markdown, a line for each that the rows can say something of."""
+    lines = ["| claim | network, pruned | by | t | verdict: difference in pp [95 % interval] |",
+             "|---|---|---|---|---|"]
+    for (dataset, arch, what), part in group(rows, lambda r: setting(r)[:3]).items():
+        controls = [(f"control: {v} > {other}", f"+m {v}, -m {other}", ">") for v in by_arm(part)
+                    for other in ("one_cycle", "finetune") if v.startswith("one_cycle/")]
+        for text, terms, relation in (*CLAIMS, *controls):
+            for m in sorted({r["method"] for r in part}):
+                if (m == "random" and re.search("[+-]c ", terms)
+                        or what == "nothing" and re.search("[+-]- ", terms)):
+                    continue
+                t, values = differences(terms, part, m, rows)
+                if values:
+                    lines.append(f"| {text} | {arch} {what} | {m} | {t} | "
+                                 f"{verdict(values, relation)} |")
     return "\n".join(lines) + "\n"
 
 
-def longest(part, differences):
-    """(t, differences(rows)) at the longest budget where there are any."""
-    budgets = sorted(group(part, lambda r: r["budget"]).items(), reverse=True)
-    found = [(t, differences(same)) for t, same in budgets]
-    return next(((t, d) for t, d in found if d), (budgets[0][0], []))
+COLOURS = "blue red green orange purple brown deeppink gray olive cyan".split()
 
 
-def claims_of_method(part, m):
-    """(claim, t, differences, sign for `verdict`) of the claims C1-C5 for one way of pruning."""
-    mine = [r for r in part if r["method"] == m]
-    arms = group(mine, arm)
-
-    def compare(text, one, other, sign=1):
-        return text, *longest(part, lambda same: paired(same, (m, one), (m, other))), sign
-    yield compare(f"C1 LRW > FT ({m})", "lr_rewind", "finetune")
-    yield compare(f"C1 SLR > FT ({m})", "slr", "finetune")
-    yield compare(f"C1 SLR ≈ LRW ({m})", "slr", "lr_rewind", 0)
-    yield compare(f"C2 CLR > FT ({m})", "one_cycle", "finetune")
-    for rival in ("lr_rewind", "weight_rewind", "slr"):
-        yield compare(f"C2 CLR > {rival} ({m})", "one_cycle", rival)
-    for name in in_order(a for a in arms if a.startswith("one_cycle ")):
-        for rival in ("one_cycle", "slr", "finetune"):          # what does the gain come from?
-            yield compare(f"control: {name} > {rival} ({m})", name, rival)
-    budgets = {t: {(r["dense"], r["pruning_seed"], r["seed"]): r["test_accuracy"] for r in same}
-               for t, same in sorted(group(arms.get("finetune", []),
-                                           lambda r: r["budget"]).items())}
-    if len(budgets) > 1:
-        (low, short), *_, (high, long) = budgets.items()
-        yield (f"C3 FT does not gain from t={low} ({m})", high,
-               [long[k] - short[k] for k in long if k in short], 0)
-    for name, relation, sign in (("one_cycle", "≥", 1), ("finetune", "<", -1)):
-        t, gains = longest(arms.get(name, part), lambda same: [
-            r["test_accuracy"] - r["dense_test_accuracy"] for r in same if arm(r) == name
-            and r["method"] == m])
-        yield f"C4 {name} {relation} dense ({m})", t, gains, sign
-    for t, same in group(mine, lambda r: r["budget"]).items():
-        recipe = same[0]["recipe"]
-        if recipe["milestones"] and t <= recipe["epochs"] - recipe["milestones"][-1]:
-            yield (f"C5 LRW ≡ FT ({m})", t, paired(same, (m, "lr_rewind"), (m, "finetune")), 0)
-
-
-def claims_against_random(part, m):
-    """The same of C6 and C7: method `m` against random pruning."""
-    yield (f"C6 random + CLR > {m} + FT", *longest(part, lambda same: paired(
-        same, ("random", "one_cycle"), (m, "finetune"))), 1)
-    yield (f"C7 {m} > random under CLR", *longest(part, lambda same: paired(
-        same, (m, "one_cycle"), ("random", "one_cycle"))), 1)
-
-    def shrinking(same):
-        gaps = [paired(same, (m, s), ("random", s)) for s in ("finetune", "one_cycle")]
-        return [f - c for f, c in zip(*gaps)] if len(gaps[0]) == len(gaps[1]) else []
-    yield f"C7 the gap shrinks from FT to CLR ({m})", *longest(part, shrinking), 1
-
-
-COLOURS = {"blue": "#1f77b4", "red": "#d62728", "green": "#2ca02c", "orange": "#ff7f0e",
-           "purple": "#9467bd", "brown": "#8c564b", "pink": "#e377c2", "grey": "#7f7f7f",
-           "olive": "#bcbd22", "cyan": "#17becf"}
-
-
-def chart(title, x_title, xs, y_title, series):
-    """A Mermaid xychart of {name: values}, with its legend as text (Mermaid draws none). xs: a
-    label for each value, or a range as text, over which the values are spread evenly."""
-    series = {k: v for k, v in list(series.items())[:len(COLOURS)]}
+def chart(title, t, y_title, series):
+    """A Mermaid xychart of {name: values} over t epochs, its legend as text: Mermaid draws none."""
+    series = dict(zip(series, list(series.values())[:len(COLOURS)]))
     values = [y for line in series.values() for y in line]
-    low, high = min(values), max(values)
-    margin = (high - low or abs(high) or 1) * 0.05
-    low = 0 if low >= 0 and low - margin < 0 else low - margin
-    legend = ", ".join(f"{colour} {name}" for colour, name in zip(COLOURS, series))
-    palette = ", ".join(list(COLOURS.values())[:len(series)])
+    margin = (max(values) - min(values) or 1) * 0.05
+    palette = ", ".join(COLOURS[:len(series)])
 
     def text(y):                # Mermaid reads no 1e-05
-        return f"{y:.6f}".rstrip("0").rstrip(".")
-    axis = xs if isinstance(xs, str) else "[" + ", ".join(f'"{x}"' for x in xs) + "]"
-    return "\n".join([f"{title}: {legend}.", "", "```mermaid",
-                      '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "'
-                      + palette + '"}}}}%%',
-                      "xychart-beta", f'    x-axis "{x_title}" {axis}',
-                      f'    y-axis "{y_title}" {text(low)} --> {text(high + margin)}',
-                      *(f"    line [{', '.join(map(text, line))}]"
-                        for line in series.values()),
-                      "```", ""])
+        return np.format_float_positional(y, precision=5, trim="-")
+    return "\n".join([
+        f"{title}: {', '.join(map(' '.join, zip(COLOURS, series)))}.", "", "```mermaid",
+        f'%%{{init: {{"themeVariables": {{"xyChart": {{"plotColorPalette": "{palette}"}}}}}}}}%%',
+        "xychart-beta", f'    x-axis "epoch" 1 --> {t}', f'    y-axis "{y_title}" '
+        f"{text(max(0, min(values) - margin))} --> {text(max(values) + margin)}",
+        *(f"    line [{', '.join(map(text, line))}]" for line in series.values()), "```", ""])
 
 
-def charts(rows):
-    """The pictures of a report: learning rates, accuracy by epoch, by budget and by sparsity."""
+def curves(rows, key):
+    """{(setting, t): {arm: mean of `key` by epoch}}, at the budget with the most arms, without
+    scratch, whose low start flattens the others."""
+    found = {}
+    for where, mine in group([r for r in rows if not r["schedule"].startswith("scratch")],
+                             setting).items():
+        t, same = max(group(mine, lambda r: r["budget"]).items(),
+                      key=lambda item: (len(group(item[1], arm)), item[0]))
+        found[where, t] = {name: np.mean([[p[key] for p in r["curve"]] for r in runs], 0)
+                           for name, runs in by_arm(same).items()}
+    return found
+
+
+def pictures(rows):
+    """Learning rates, and test accuracy by epoch for each pruned network, as charts."""
     parts = []
-    for (dataset, arch, recipe), mine in group(rows, lambda r: (
-            r["dataset"], r["arch"], json.dumps(r["recipe"], sort_keys=True))).items():
-        # At the budget with the most arms; without scratch, whose low start flattens the others,
-        # and without variants of a schedule that was run as published too.
-        published = {r["schedule"] for r in mine if arm(r) == r["schedule"]}
-        mine = [r for r in mine if not r["schedule"].startswith("scratch")
-                and (arm(r) == r["schedule"] or r["schedule"] not in published)]
-        arms = {t: group(same, arm) for t, same in group(mine, lambda r: r["budget"]).items()}
-        if not arms:
-            continue
-        t, found = max(arms.items(), key=lambda item: (len(item[1]), item[0]))
-        points, steps = 40, 100                       # of the curve, and steps an epoch: enough
-        curves = {}
-        for name in in_order(found):
-            r = found[name][0]
-            at = schedules.retrain(r["schedule"], t, steps, json.loads(recipe), r["lr"],
-                                   r["end_lr"], r["cycle_momentum"] is not False,
-                                   r["distance"], r["removed"])
-            curves[name] = [at(i * (t * steps - 1) // (points - 1))[0] for i in range(points)]
-        parts.append(chart(f"Learning rate, {arch} on {dataset}, t = {t}", "epoch", f"0 --> {t}",
-                           "learning rate", curves))
-        for (what, method), same in group([r for r in mine if r["budget"] == t],
-                                          lambda r: (amount(r), r["method"])).items():
-            found = group(same, arm)
-            if t > 1:
-                parts.append(chart(
-                    f"Test accuracy after each epoch, {arch} on {dataset}, {what}, {method}, "
-                    f"t = {t}", "epoch", range(1, t + 1), "test accuracy (%)",
-                    {name: np.mean([[p["test_accuracy"] for p in r["curve"]]
-                                    for r in found[name]], 0)
-                     for name in in_order(found)}))
-        for (what, method), same in group(mine, lambda r: (amount(r), r["method"])).items():
-            parts += means_chart(same, "budget",
-                                 f"by budget, {arch} on {dataset}, {what}, {method}", "epochs")
-        plain = [r for r in mine if isinstance(r["sparsity"], float) and r["budget"] == t]
-        for (structure, method), same in group(
-                plain, lambda r: (r["structure"], r["method"])).items():
-            parts += means_chart(same, "sparsity",
-                                 f"by sparsity, {arch} on {dataset}, {structure}, {method}, "
-                                 f"t = {t}", "sparsity")
+    for key, title in (("lr", "Learning rate"), ("test_accuracy", "Test accuracy (%)")):
+        for ((dataset, arch, what, method), t), lines in curves(rows, key).items():
+            if t > 1 and not (key == "lr" and parts):
+                parts.append(chart(f"{title} by epoch, {arch} on {dataset}, {what} by {method}, "
+                                   f"t = {t}", t, title, lines))
     return "\n".join(parts)
 
 
-def means_chart(rows, key, title, x_title):
-    """A chart of mean accuracy against row[key], as a list: of the values at which most points can
-    be drawn, since a line cannot have gaps; empty if no arm has two values."""
-    arms = group(rows, arm)
-    values = {name: {r[key] for r in same} for name, same in arms.items()}
-    xs = sorted(max((v for v in values.values() if len(v) > 1), default=(),
-                    key=lambda xs: len(xs) * sum(xs <= v for v in values.values())))
-    means = {name: [np.mean([r["test_accuracy"] for r in arms[name] if r[key] == x]) for x in xs]
-             for name in in_order(arms) if values[name].issuperset(xs)}
-    return [chart("Test accuracy " + title, x_title, xs, "test accuracy (%)", means)] if xs else []
+def in_blocks(rows):
+    """The same accuracies for a terminal."""
+    lines = []
+    for ((*_, what, method), t), arms in curves(rows, "test_accuracy").items():
+        lines.append(f"{what} by {method}, t = {t}: test accuracy by epoch, its largest, its last")
+        lines += [f"  {name:16} {schedules.blocks(line)} {max(line):.2f} {line[-1]:.2f}"
+                  for name, line in arms.items()]
+    return "\n".join(lines)
 
 
 def report(rows):
     """The whole report as markdown, from rows alone."""
-    first = rows[0]
-    seconds = sum(r["seconds"] for r in rows)
+    made = sorted({f"{r['device']}, {r['threads']} threads, {r['precision']}, torch {r['torch']}, "
+                   f"code {r['commit']}" for r in rows})
+    every = with_shorter(rows)
+    minutes = sum(r["seconds"] for r in rows) / 60
     return "\n".join([
-        "# Report", "", f"{len(rows)} retrainings, {seconds / 60:.0f} minutes; "
-        f"{', '.join(sorted({r['device'] for r in rows}))}; torch {first['torch']}.", "",
-        table(rows), "## Claims", "", "Paired over seeds; the interval is Student's t at 95 %, "
-        "each claim by itself: of twenty undecided ones, one will look decided by chance.", "",
-        claims(rows), "## Pictures", "",
-        "The dip while the learning rate is large is normal: compare the ends.", "", charts(rows)])
+        "# Report", "", f"{len(rows)} retrainings, {minutes:.0f} minutes of a process; "
+        f"{'; '.join(made)}.", "", table(every), "## Claims", "",
+        "Paired over dense networks and seeds; the interval is Student's t at 95 %, each claim by "
+        "itself: of twenty undecided ones, one will look decided by chance.", "", claims(every),
+        "## Pictures", "", "The dip while the learning rate is large is normal: compare the ends.",
+        "", pictures(rows)])
+
+
+def write_report(folders):
+    """Print the table of the rows in `folders` and write the report: into the folder, or, of
+    several, into the folder they share."""
+    rows = [row for folder in folders for row in read_rows(folder).values()]
+    if not rows:
+        raise Refused(f"argument --report: no finished runs in {' '.join(folders)}")
+    shared = folders[0] if len(folders) == 1 else os.path.commonpath(map(os.path.abspath, folders))
+    path = os.path.join(shared, "report.md")
+    models.write(path, report(rows).encode())
+    say(f"\n{table(with_shorter(rows))}\n{in_blocks(rows)}\nWrote {path}: this table, the paper's "
+        "claims against it, and pictures.")
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
-def pruned_files(args):
-    """The checkpoints to retrain: those named, or all pruned ones of the default run."""
-    if args.checkpoint:
-        return {p: models.read(p, "pruned") for p in args.checkpoint}
-    folder = os.path.join("runs", "shapes-resnet8-s0")
-    found = {p: models.read(p) for pattern in ("filters-*.pt", "weights-*.pt")
-             for p in sorted(glob.glob(os.path.join(folder, pattern)))
-             if not p.endswith(".state.pt")}
-    found = {p: c for p, c in found.items() if c["kind"] == "pruned"}
-    if not found:
-        raise Refused(f"{folder}: no pruned checkpoint is there; run prune.py first, or name one")
-    return found
+def runs_of(args):
+    """Every Run the command line asks for; what can be refused before anything is trained, is."""
+    default, paths = f"runs/shapes-resnet8-s0{'-dry' * args.dry_run}", args.checkpoint or []
+    for pattern in () if paths else ("filters-*.pt", "weights-*.pt"):
+        paths = paths + [p for p in sorted(glob.glob(f"{default}/{pattern}"))
+                         if not p.endswith(".state.pt") and models.read(p)["kind"] == "pruned"]
+    if not paths:
+        raise Refused(f"{default}: no pruned checkpoint is there; run prune.py first, or name one")
+    runs = []
+    for path in paths:
+        checkpoint = models.read(path, "pruned")
+        recipe, how = checkpoint["recipe"], checkpoint["pruning"]
+        base = train.RECIPES[recipe["dataset"]]
+        usual = max(1, recipe["epochs"] * base["retrain"] // base["epochs"])
+        if how["structure"] == "weights":
+            names = models.weight_names(models.restore(checkpoint), how["include_linear"])
+            prune.check_sparsity({n: checkpoint["model"][n] for n in names},
+                                 *later(how, args.rounds), how["scope"])
+        for t, seed, schedule in itertools.product(args.epochs or [usual], args.seed,
+                                                   args.schedule):
+            runs.append(Run(path, schedule, t, seed))
+            if schedule == "weight_rewind":
+                rewound(runs[-1], checkpoint)
+        if max(args.epochs or [usual]) >= recipe["epochs"]:
+            say(f"{path}: T = {recipe['epochs']}; with as many epochs or more, lr_rewind and "
+                "weight_rewind start the dense run over")
+    return list(dict.fromkeys(runs))
 
 
-def agree(value, machine):
-    """What the first process says, in all of them."""
-    if machine.world > 1:
-        box = [value]
-        torch.distributed.broadcast_object_list(box, 0)
-        return box[0]
-    return value
-
-
-def retrain_chain(run, args, machine, data, budgets):
-    """A run and, with --rounds, the rounds that follow from it: prune again, retrain again."""
-    for left in reversed(range(args.rounds)):
-        with results(run.folder) as path:
-            rows = read_rows(path)
-        wanted = {run_id(run.part(t)) for t in budgets}
-        done = [r for r in rows if r["run"] in wanted]
-        if agree(len(done) == len(wanted), machine):
-            say(f"{run.name}: done already, test {done[-1]['test_accuracy']:.2f} %")
-        elif agree(os.path.exists(run.state) and not args.resume, machine):
-            raise Refused(f"{run.state}: an interrupted run is here; --resume goes on with it")
-        else:
-            run(args, machine, data, budgets)
-            agree(None, machine)
-        if left:
-            path, pruned = prune_again(run, args, machine, data)
-            run = Run(path, pruned, run.settings["schedule"], run.asked,
-                      run.settings["seed"], args, machine)
-
-
-def retrain_all(todo, args, machine):
-    """Run each (run, budgets) of `todo`; what another process is at is looked at again at the end.
-    """
-    cache = {}
-    for wait in (False, True):
-        for item in list(todo):
-            run, budgets = item
-            c = run.checkpoint
-            key = json.dumps([c["recipe"], c["data_dir"]])
-            if key not in cache:
-                cache = {key: train.load_data(c["recipe"], args.data_dir or c["data_dir"],
-                                              machine.device,
-                                              args.dry_run or c["recipe"]["dry_run"], c)}
-            if not agree(machine.rank or lock(run.folder, run.id, wait), machine):
-                continue
-            retrain_chain(run, args, machine, cache[key], budgets)
-            todo.remove(item)
-            if not machine.rank:
-                unlock(run.folder, run.id)
-
-
-def prune_again(run, args, machine, data):
-    """The retrained network of a round, pruned once more as before (weights: the same share of what
-    is left, so .3 becomes .51, .66 …). Returns (path, checkpoint); the path only gives the name."""
-    done = models.read(run.target, "retrained")
-    how, following = dict(done["pruning"]), run.settings["round"] + 1
-    if how["structure"] == "weights":
-        how["per_round"] = how.get("per_round", how["sparsity"][0])
-        how["sparsity"] = [1 - (1 - how["per_round"]) ** following]
-    calibration = None
-    if how["method"] in prune.NEED_DATA:
-        calibration = train.calibration(data, min(how["calibration_images"], len(data.train[1])),
-                                        how["seed"], machine)
-    pruned = {**prune.prune(done, how, calibration, run.target), "round": following}
-    network = models.restore(pruned).to(machine.device)
-    pruned["test_accuracy"] = train.evaluate(network, data, machine)
-    return f"{run.path[:-3].split('--r')[0]}--r{following}.pt", pruned
-
-
-def write_report(folders, dry=False):
-    """Print the table of the rows in `folders` and write the report: into the folder, or, of
-    several, into the folder they share."""
-    rows = []
-    for folder in (f for f in folders if os.path.exists(os.path.join(f, "results.jsonl"))):
-        with results(folder) as path:
-            rows += [row for row in read_rows(path) if row["dry_run"] == dry]
-    if not rows:
-        raise Refused("argument --report: no results.jsonl with finished runs in "
-                      f"{' '.join(folders)}")
-    shared = os.path.commonpath([os.path.abspath(f) for f in folders])
-    path = os.path.join(folders[0] if len(folders) == 1 else shared, "report.md")
-    models.write(path, report(rows).encode())
-    say("\n" + table(rows).replace("<br>", " ") + f"\nWrote {path}: this table, the paper's claims "
-        "against it, and pictures. Next: read it; python prune.py RETRAINED.pt prunes further.")
-
-
-def refuse_useless(args):
-    """A flag that none of the chosen schedules uses would be silently ignored: refuse it."""
+def main(argv=None):
+    flags = train.parser(__doc__, "[PRUNED ...] ")
+    add = flags.add_argument_group("run").add_argument
+    add("checkpoint", nargs="*", metavar="PRUNED", help="default: all of the default run")
+    add("--seed", nargs="+", type=number(int, 0), default=[0, 1, 2], metavar="S",
+        help="default 0 1 2")
+    add("--jobs", type=number(int, 1, 1024), metavar="N", help="runs at once, each with its share "
+        "of the cores (default: as many as cores; on a GPU 1)")
+    add("--report", nargs="+", metavar="DIR", help="only make DIR/report.md again, from the rows")
+    add = flags.add_argument_group("method").add_argument
+    add("--schedule", nargs="+", choices=EVERY, default=DEFAULT, metavar="NAME",
+        help=f"{' '.join(EVERY)}; scratch_e trains T + t epochs, scratch_b as many MACs as the "
+             f"dense run (default {' '.join(DEFAULT)})")
+    add("--epochs", nargs="+", type=number(int, 1, 10 ** 6), metavar="t",
+        help="budgets (default: the recipe's share of T, a quarter for CIFAR)")
+    add("--lr", type=number(float, 1e-9), help=f"LR_max of {', '.join(schedules.TAKE_LR)} "
+        "(default: the dense run's)")
+    add("--end-lr", type=number(float, 0), help="the last learning rate of "
+        f"{', '.join(schedules.TAKE_END_LR)} (default: as published)")
+    add("--cycle-momentum", action=argparse.BooleanOptionalAction, default=True,
+        help="of one_cycle (default: yes, as published)")
+    add("--rounds", type=number(int, 1, 1000), default=1, metavar="K",
+        help="retrain and prune K times, each from the last one's weights (default 1)")
+    train.machine_flags(flags)
+    args = flags.parse_args(argv)
     for flag, given, takers in (("--lr", args.lr is not None, schedules.TAKE_LR),
                                 ("--end-lr", args.end_lr is not None, schedules.TAKE_END_LR),
                                 ("--no-cycle-momentum", not args.cycle_momentum, ("one_cycle",))):
         if given and not set(takers) & set(args.schedule):
-            raise Refused(f"argument {flag}: {' '.join(args.schedule)} would ignore it; it is for "
-                          f"{', '.join(takers)}")
-
-
-def main(argv=None):
-    flags = schedules.parser(__doc__)
-    flags.add_argument("checkpoint", nargs="*", type=schedules.path,
-                       help="pruned checkpoints (default: all of the default run)")
-    flags.add_argument("--schedule", nargs="+", choices=EVERY, default=DEFAULT, metavar="NAME",
-                       help=f"{' '.join(EVERY)}; scratch_e trains T + t epochs, scratch_b as many "
-                            "MACs as the dense run")
-    flags.add_argument("--epochs", nargs="+", type=number(int, 1, 1e6), metavar="t",
-                       help="budgets (default: the data set's, 40 for CIFAR)")
-    flags.add_argument("--seed", nargs="+", type=number(int, 0), default=[0], metavar="S")
-    flags.add_argument("--lr", type=number(float, 1e-9),
-                       help="instead of LR_max: " + ", ".join(schedules.TAKE_LR))
-    flags.add_argument("--end-lr", type=number(float, 0),
-                       help="the last learning rate: " + ", ".join(schedules.TAKE_END_LR))
-    flags.add_argument("--cycle-momentum", action=argparse.BooleanOptionalAction, default=True,
-                       help="one_cycle: cycle the momentum as published")
-    flags.add_argument("--rounds", type=number(int, 1), default=1, metavar="K",
-                       help="retrain and prune K times, each round from the last one's weights")
-    flags.add_argument("--report", nargs="+", type=schedules.path, metavar="DIR",
-                       help="only make DIR/report.md again")
-    train.loop_flags(flags)
-    train.machine_flags(flags)
-    args = flags.parse_args(argv)
+            flags.error(f"argument {flag}: {' '.join(args.schedule)} would ignore it; it is for "
+                        f"{', '.join(takers)}")
+    if args.dry_run and args.checkpoint:
+        flags.error("argument --dry-run: retrains what train.py --dry-run led to; name no file")
     if args.report:
         return write_report(args.report)
-    refuse_useless(args)
-    machine = train.the_machine(args)
-    todo = []
-    for path, checkpoint in pruned_files(args).items():
-        usual = train.RECIPES[checkpoint["recipe"]["dataset"]]["retrain"]
-        budgets = sorted(set(args.epochs or [usual]))
-        for seed, schedule in itertools.product(dict.fromkeys(args.seed),
-                                                dict.fromkeys(args.schedule)):
-            # The longest run at a constant learning rate contains the shorter ones.
-            whole = schedule == "finetune" and args.rounds == 1 and not args.dry_run
-            for t in budgets[-1:] if whole else budgets:
-                run = Run(path, checkpoint, schedule, t, seed, args, machine)
-                todo.append((run, budgets if whole else [run.epochs]))
-    folders = list(dict.fromkeys(run.folder for run, _ in todo))
-    dry = todo[0][0].settings["dry_run"]
-    retrain_all(todo, args, machine)
-    if not machine.rank:
-        write_report(folders, dry)
+    machine, runs = train.the_machine(args), runs_of(args)
+    failed = retrain_all(runs, args, machine)
+    folders = list(dict.fromkeys(os.path.dirname(run.path) or "." for run in runs))
+    if machine.rank == 0 and any(read_rows(folder) for folder in folders):
+        write_report(folders)
+    if failed:
+        raise Refused(f"{failed} of {len(runs)} runs failed; the same command tries them again")
 
 
 if __name__ == "__main__":
-    schedules.command(main)
+    train.command(main)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Learning-rate schedules of the study, as pure functions `step -> (learning rate, momentum)`.
+"""Learning-rate schedules for retraining a pruned network: `step -> (learning rate, momentum)`.
 
-Retraining a pruned network is the dense training loop with other start weights and another
-schedule, so the whole subject of the paper (Le & Hua, ICLR 2021, section 3) is in this file.
-Nothing here has state: a run that is resumed at step s asks for step s. Needs no torch.
+Retraining is the dense training loop with other start weights and another schedule, so the whole
+subject of the paper (Le & Hua, ICLR 2021, section 3) is in this file. It needs nothing but Python:
+copy it into any project. Nothing has state; a run that goes on at step s asks for step s.
 
-    python schedules.py                     # the curves of the paper's 72-epoch budget, as a table
+    python schedules.py                     # the curves of the paper's 72-epoch budget
     python schedules.py --epochs 8 --dense-epochs 24 --milestones 12 18 --steps-per-epoch 79
 
 Words: T epochs of the dense run, t epochs of retraining (the budget), S optimizer steps an epoch,
@@ -13,15 +13,23 @@ N = t*S, LR_max the largest and LR_min the last learning rate of the dense run.
 """
 import argparse
 import math
-import os
-import sys
 
 DENSE = ("step", "cosine", "linear", "one_cycle", "constant")
 RETRAIN = ("finetune", "lr_rewind", "weight_rewind", "slr", "one_cycle", "linear",
            "adaptive_linear", "scratch")
 SCRATCH_AT_EQUAL_COST = ("scratch_e", "scratch_b")  # the same curve as scratch, longer budgets
-TAKE_LR = ("slr", "one_cycle", "linear", "adaptive_linear")               # use --lr
-TAKE_END_LR = ("finetune", "one_cycle", "linear", "adaptive_linear")      # use --end-lr
+TAKE_LR = ("slr", "one_cycle", "linear", "adaptive_linear")               # use lr
+TAKE_END_LR = ("finetune", "one_cycle", "linear", "adaptive_linear")      # use end_lr
+
+
+class Refused(ValueError):
+    """Input that cannot be used. Its text is the one line the user sees; scripts exit with 2."""
+
+
+class Recipe(dict):
+    """What is known of a dense run (see `dense`); says what is missing when it is asked for."""
+    def __missing__(self, key):
+        raise Refused(f"this schedule needs {key!r} of the dense run, which its recipe lacks")
 
 
 def cosine(start, end, share):
@@ -69,31 +77,35 @@ def adaptive_peak(lr_max, budget_share, distance, removed):
 def dense(recipe, steps_per_epoch, stretch=1.0):
     """The dense run's own schedule as a function `step -> (lr, momentum)`.
 
-    recipe: dict with schedule (one of DENSE), epochs, lr, milestones (epochs; step only), momentum.
+    recipe: dict with lr, schedule (one of DENSE; default step), epochs (not for constant),
+    milestones (epochs of the x0.1 drops; step only), momentum (default 0.9).
     stretch: 2.0 makes everything happen twice as late (Scratch-E and -B, Liu 2019). `step`,
     `cosine` and `constant` change once an epoch, `linear` and `one_cycle` at every step.
     """
-    kind, peak, momentum = recipe["schedule"], recipe["lr"], recipe["momentum"]
-    total = recipe["epochs"]
+    recipe = Recipe(recipe)
+    kind, peak, momentum = recipe.get("schedule", "step"), recipe["lr"], recipe.get("momentum", 0.9)
+    if kind not in DENSE:
+        raise Refused(f"unknown dense schedule {kind!r}; known: {', '.join(DENSE)}")
 
     def at(step):
         epoch = step // steps_per_epoch / stretch      # position in the unstretched run
-        steps = round(total * stretch) * steps_per_epoch
+        if kind == "constant":
+            return peak, momentum
         if kind == "step":
             return peak * 0.1 ** sum(epoch >= m for m in recipe["milestones"]), momentum
         if kind == "cosine":
-            return cosine(peak, 0.0, epoch / total), momentum
+            return cosine(peak, 0.0, epoch / recipe["epochs"]), momentum
+        steps = round(recipe["epochs"] * stretch) * steps_per_epoch
         if kind == "linear":
             return linear(step, steps, peak), momentum
-        if kind == "one_cycle":
-            return one_cycle(step, steps, peak)
-        return peak, momentum                          # constant
+        return one_cycle(step, steps, peak)
     return at
 
 
 def lr_min(recipe, steps_per_epoch):
     """LR_min: the dense learning rate at the start of its last epoch, so never quite 0."""
-    return dense(recipe, steps_per_epoch)((recipe["epochs"] - 1) * steps_per_epoch)[0]
+    last = 0 if recipe.get("schedule") == "constant" else recipe["epochs"] - 1
+    return dense(recipe, steps_per_epoch)(last * steps_per_epoch)[0]
 
 
 def slr(epoch, epochs, recipe, steps_per_epoch, peak):
@@ -107,51 +119,51 @@ def slr(epoch, epochs, recipe, steps_per_epoch, peak):
     warmup, total = epochs // 10, recipe["epochs"]
     if epoch <= warmup:
         return cosine(lr_min(recipe, steps_per_epoch), peak, epoch / warmup) if warmup else peak
-    if recipe["schedule"] == "step":
+    if recipe.get("schedule", "step") == "step":
         drops = [warmup + 9 * epochs * (100 * m // total) // 1000 for m in recipe["milestones"]]
         return peak * 0.1 ** sum(epoch >= d for d in drops)
     then = min(int((epoch - warmup) * total / (0.9 * epochs)), total - 1)
     return peak / recipe["lr"] * dense(recipe, steps_per_epoch)(then * steps_per_epoch)[0]
 
 
-def retrain(name, epochs, steps_per_epoch, recipe, lr=None, end_lr=None, cycle_momentum=True,
+def retrain(name, epochs, steps_per_epoch, recipe=None, lr=None, end_lr=None, cycle_momentum=True,
             distance=1.0, removed=1.0):
     """A retraining schedule as a function `step -> (lr, momentum)`, step from 0 to epochs*S - 1.
 
-    name: one of RETRAIN (or SCRATCH_AT_EQUAL_COST). epochs: the budget t. recipe: the dense run's
-    (see `dense`). lr replaces LR_max where the schedule has one (TAKE_LR); end_lr replaces the last
+    name: one of RETRAIN (or SCRATCH_AT_EQUAL_COST). epochs: the budget t. recipe: what is known of
+    the dense run (see `dense`); with `lr`, one_cycle and linear need none, finetune with `end_lr`
+    neither. lr replaces LR_max where the schedule has one (TAKE_LR); end_lr replaces the last
     learning rate (TAKE_END_LR): LR_min for finetune, LR_max/10,000 for one_cycle, 0 for the linear
-    ones. distance, removed: see `adaptive_peak`. Raises KeyError for an unknown name.
+    ones. distance, removed: see `adaptive_peak`.
+    Raises Refused for an unknown name and for a recipe that lacks what the schedule needs.
     """
-    total, momentum = recipe["epochs"], recipe["momentum"]
-    steps, peak = epochs * steps_per_epoch, recipe["lr"] if lr is None else lr
-    original = dense(recipe, steps_per_epoch)
+    recipe = Recipe(recipe or {})
+    steps, momentum = epochs * steps_per_epoch, recipe.get("momentum", 0.9)
     if name == "finetune":                             # FT (Han 2015): LR_min all the way
         low = lr_min(recipe, steps_per_epoch) if end_lr is None else end_lr
         return lambda step: (low, momentum)
     if name in ("lr_rewind", "weight_rewind"):         # LRW, WR (Renda 2020): the dense run's tail
-        return lambda step: original(max(0, (total - epochs) * steps_per_epoch + step))
+        first = (recipe["epochs"] - epochs) * steps_per_epoch
+        original = dense(recipe, steps_per_epoch)
+        return lambda step: original(max(0, first + step))
+    if name in ("scratch", *SCRATCH_AT_EQUAL_COST):
+        return dense(recipe, steps_per_epoch, epochs / recipe["epochs"])
+    if name not in TAKE_LR:
+        raise Refused(f"unknown schedule {name!r}; known: {', '.join(RETRAIN)}")
+    peak = recipe["lr"] if lr is None else lr
     if name == "slr":
         return lambda step: (slr(step // steps_per_epoch, epochs, recipe, steps_per_epoch, peak),
                              momentum)
     if name == "one_cycle":                            # CLR
         return lambda step: one_cycle(step, steps, peak, end_lr, momentum, cycle_momentum)
-    if name in ("linear", "adaptive_linear"):          # LLR, ALLR
-        if name == "adaptive_linear":
-            peak = adaptive_peak(peak, epochs / total, distance, removed)
-        return lambda step: (linear(step, steps, peak, end_lr or 0.0), momentum)
-    if name in ("scratch", *SCRATCH_AT_EQUAL_COST):
-        return dense(recipe, steps_per_epoch, epochs / total)
-    raise KeyError(name)
+    if name == "adaptive_linear":                      # ALLR
+        peak = adaptive_peak(peak, epochs / recipe["epochs"], distance, removed)
+    return lambda step: (linear(step, steps, peak, end_lr or 0.0), momentum)   # LLR
 
 
-# ---- the command line: what all four scripts share -----------------------------------------------
+# ---- the command line: a schedule seen in a terminal ---------------------------------------------
 
-class Refused(Exception):
-    """Input that cannot be used. Its text is the one line the user sees; the exit status is 2."""
-
-
-def number(kind, low, high=1e15, below=False):
+def number(kind, low, high=10 ** 9, below=False):
     """An argparse type: an int or float in [low, high], or [low, high) with `below`."""
     def parse(text):
         try:
@@ -159,79 +171,49 @@ def number(kind, low, high=1e15, below=False):
         except ValueError:
             value = math.nan
         if not (low <= value < high if below else low <= value <= high):
-            name = "a whole number" if kind is int else "a number"
-            upper = f"{'below' if below else 'at most'} {high:g}"
-            raise argparse.ArgumentTypeError(f"must be {name}, at least {low:g} and {upper}; "
-                                             f"got {text[:40]!r}")
+            raise argparse.ArgumentTypeError(
+                f"must be {'a whole number' if kind is int else 'a number'} from {low:g} to "
+                f"{'below ' * below}{high:g}, not {text[:40]!r}")
         return value
     return parse
 
 
-def path(text):
-    """An argparse type: an empty name is an unset shell variable, not the wish for the default."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
-
-
-def parser(doc):
-    """An ArgumentParser whose errors are one line."""
-    def error(message):
-        raise Refused(message)
-    made = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.error = error
-    return made
-
-
-def command(main):
-    """Run `main()`; turn input that cannot be used, and a disk that fails, into one line, status 2.
-    An interrupt while nothing is trained yet ends it without a traceback, status 130."""
-    sys.stdout.reconfigure(errors="backslashreplace")        # a file's name may be any bytes
-    try:
-        main()
-        sys.stdout.flush()
-    except (Refused, OSError) as problem:
-        text = " ".join(str(problem).split())
-        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
-        try:
-            sys.stdout.flush()
-        except OSError:          # nobody reads it or its disk is full: not to be told again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
-def recipe_flags(flags, default=None):
-    """The dense run's schedule, as flags of schedules.py and train.py."""
-    default = default or {}
-    flags.add_argument("--milestones", type=number(int, 0), nargs="*", metavar="E",
-                       default=default.get("milestones"), help="epochs of the dense x0.1 drops")
-    flags.add_argument("--lr", type=number(float, 1e-9), default=default.get("lr"),
-                       help="largest learning rate of the dense run (LR_max)")
-    flags.add_argument("--momentum", type=number(float, 0, 1, below=True),
-                       default=default.get("momentum"))
+def blocks(values, width=60):
+    """A curve as a line of block characters, highest at the largest value: `width` at most."""
+    shown = min(width, len(values))
+    values = [values[i * len(values) // shown] for i in range(shown)]
+    low, high = min(values), max(values)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low or 1))] for v in values)
 
 
 def main(argv=None):
-    flags = parser(__doc__)
-    flags.add_argument("--epochs", type=number(int, 1, 1e6), default=72, help="budget t")
-    flags.add_argument("--dense-epochs", type=number(int, 1, 1e6), default=160, help="T")
-    flags.add_argument("--dense-schedule", choices=DENSE, default="step")
-    recipe_flags(flags, {"milestones": [80, 120], "lr": 0.1, "momentum": 0.9})
-    flags.add_argument("--steps-per-epoch", type=number(int, 1), default=782)
-    flags.add_argument("--relative-distance", type=number(float, 0), default=1.0,
-                       help="adaptive_linear: distance / sqrt(sparsity), a result of the pruning")
+    flags = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--epochs", type=number(int, 1, 10_000), default=72, metavar="t",
+                       help="budget (default %(default)s)")
+    flags.add_argument("--dense-epochs", type=number(int, 1, 10_000), default=160, metavar="T",
+                       help="of the dense run, as all that follows (default %(default)s)")
+    flags.add_argument("--schedule", choices=DENSE, default="step", help="default %(default)s")
+    flags.add_argument("--milestones", type=number(int, 1), nargs="*", metavar="E",
+                       default=[80, 120], help="epochs of the x0.1 drops (default 80 120)")
+    flags.add_argument("--lr", type=number(float, 1e-9), default=0.1, help="default %(default)s")
+    flags.add_argument("--momentum", type=number(float, 0, 1, below=True), default=0.9,
+                       help="default %(default)s")
+    flags.add_argument("--steps-per-epoch", type=number(int, 1), default=782, metavar="S",
+                       help="default %(default)s")
     args = flags.parse_args(argv)
-    recipe = {"schedule": args.dense_schedule, "epochs": args.dense_epochs, "lr": args.lr,
+    recipe = {"schedule": args.schedule, "epochs": args.dense_epochs, "lr": args.lr,
               "milestones": args.milestones, "momentum": args.momentum}
-    curves = [retrain(name, args.epochs, args.steps_per_epoch, recipe,
-                      distance=args.relative_distance) for name in RETRAIN]
-    print("epoch", *RETRAIN)
-    for epoch in range(args.epochs):
-        print(epoch, *(f"{curve(epoch * args.steps_per_epoch)[0]:.10g}" for curve in curves))
+    curves = {name: [retrain(name, args.epochs, args.steps_per_epoch, recipe)(
+        e * args.steps_per_epoch)[0] for e in range(args.epochs)] for name in RETRAIN}
+    widths = [max(11, len(name)) for name in curves]
+    print("epoch", *(f"{name:>{w}}" for name, w in zip(curves, widths)))
+    for epoch, row in enumerate(zip(*curves.values())):
+        print(f"{epoch:5}", *(f"{lr:{w}.6g}" for lr, w in zip(row, widths)))
+    print("\nlearning rate at the start of each epoch: its curve, its largest value, its last")
+    for name, lrs in curves.items():
+        print(f"{name:15} {blocks(lrs)} {max(lrs):.6g} {lrs[-1]:.6g}")
 
 
 if __name__ == "__main__":
-    command(main)
+    main()

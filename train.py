@@ -1,26 +1,26 @@
 #!/usr/bin/env python3
-"""Train a dense network, and everything that retraining shares with it: data, loop, evaluation.
+"""Train a dense network; and the one training loop, which retraining shares.
 
     python train.py                                    # generated images, ResNet-8, a minute or two
     python train.py --dataset cifar10 --arch resnet56  # the paper's recipe: 160 epochs
     torchrun --nproc-per-node 8 train.py --dataset imagenet --data-dir ILSVRC --arch resnet34
-    python train.py --benchmark --arch resnet56        # how fast is this machine?
 
-There is one training loop (`fit`). Retraining a pruned network differs from dense training only in
-start weights, masks and schedule. Data order and augmentation are functions of (seed, epoch), the
-learning rate is a function of the step, so a resumed run needs nothing but counters and tensors.
+The same command, given again, goes on after the last finished epoch, or says that it is done.
+Retraining differs from dense training only in start weights, masks and schedule (retrain.py). Data
+order and augmentation are functions of (seed, epoch), the learning rate is a function of the step,
+so going on needs nothing but the tensors and the curve so far.
 """
-import copy
+import argparse
+import contextlib
 import ctypes
 import functools
 import hashlib
-import itertools
+import json
 import math
 import os
 import re
-import resource
-import signal
-import statistics
+import sqlite3
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +35,7 @@ import schedules
 from schedules import Refused, number
 
 # Dense recipes: CIFAR as He 2016 / Le & Hua 2021, ImageNet as torchvision's V1 weights. `retrain`
-# is the budget t that retrain.py takes unless told. shapes: small enough for a laptop.
+# is the budget t of a dense run of so many epochs. shapes: small enough for a laptop.
 CIFAR = {"schedule": "step", "epochs": 160, "batch_size": 64, "lr": 0.1, "milestones": [80, 120],
          "momentum": 0.9, "weight_decay": 1e-4, "retrain": 40}
 RECIPES = {
@@ -43,6 +43,7 @@ RECIPES = {
     "cifar10": CIFAR, "cifar100": CIFAR, "folder": CIFAR,
     "imagenet": {**CIFAR, "epochs": 90, "batch_size": 256, "milestones": [30, 60], "retrain": 45},
 }
+TINY = {"subset": 16, "test_subset": 16, "batch_size": 8}       # what --dry-run makes of a recipe
 # The authors' normalisation; the std is not the per-pixel one (0.2470, 0.2435, 0.2616), kept as
 # theirs.
 CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -51,67 +52,146 @@ PAD = 4             # black border around small images, out of which the crop is
 LARGEST_RESIDENT = 64   # pixels a side; larger images are decoded on the fly at 224
 
 
-# ---- data ----------------------------------------------------------------------------------------
+# ---- the loop ------------------------------------------------------------------------------------
 
-def polygon(u, v, sides):
-    """1 on the edge of a regular polygon of inner radius 1, smaller inside."""
-    return np.hypot(u, v) * np.cos(np.arctan2(v, u) % (2 * np.pi / sides) - np.pi / sides)
+def fit(network, data, schedule, settings, machine, state_path, masks=None, momentum=None,
+        keep=()):
+    """Train `network` in place: the one loop, for dense training and every retraining.
 
-
-def box(u, v):
-    return np.maximum(abs(u), abs(v))
-
-
-# Each class of `shapes` is a function of rotated coordinates, positive inside: disc, ring, square,
-# frame, triangle, cross, star, half disc, bar, crescent.
-OUTLINES = (
-    lambda u, v: 1 - np.hypot(u, v),
-    lambda u, v: 0.25 - abs(np.hypot(u, v) - 0.75),
-    lambda u, v: 0.85 - box(u, v),
-    lambda u, v: 0.22 - abs(box(u, v) - 0.68),
-    lambda u, v: 0.55 - polygon(u, v, 3),
-    lambda u, v: np.minimum(0.25 - np.minimum(abs(u), abs(v)), 1 - box(u, v)),
-    lambda u, v: 0.4 + 1.2 * abs(np.arctan2(v, u) / (0.4 * np.pi) % 1 - 0.5) - np.hypot(u, v),
-    lambda u, v: np.minimum(1 - np.hypot(u, v), v + 0.3),
-    lambda u, v: np.minimum(0.3 - abs(v), 1 - abs(u)),
-    lambda u, v: np.minimum(1 - np.hypot(u, v), np.hypot(u - 0.5, v) - 0.7),
-)
-
-
-def shapes(count, seed):
-    """The generated data set: (images uint8 (count, 3, 32, 32), labels int64), a function of
-    `seed`.
-
-    Ten outlines of random place, size, rotation and colour, on a smooth random background with
-    small distractors and noise.
+    A generator: after each epoch it yields (curve, seconds), a dict for each epoch so far and the
+    time they took. schedule: step -> (lr, momentum). settings: dict of plain values that define the
+    run, of which the loop uses epochs, batch_size, weight_decay and seed. masks: {weight name: bool
+    tensor}, False stays exactly 0. momentum: {parameter name: buffer} to start from (weight
+    rewinding). state_path: written after each epoch and, if it is there, gone on from; after the
+    epochs in `keep` also kept as a snapshot beside it.
+    Raises Refused on a loss or weights that are not finite and on a state of another run.
     """
-    draw = np.random.default_rng((2021, seed))
-    labels = np.arange(count) % 10
+    curve, seconds = [], 0.0
+    if os.path.exists(state_path):
+        state = models.read(state_path, "state")
+        same_run(settings, state["settings"], state_path)
+        network.load_state_dict(state["model"])
+        momentum, curve, seconds = state["momentum"], state["curve"], state["seconds"]
+        yield curve, seconds
+    network.to(machine.device, memory_format=torch.channels_last)
+    optimizer = optimizer_of(network, settings["weight_decay"], momentum)
+    group = optimizer.param_groups[0]
+    if masks:
+        weights = [network.get_parameter(n).data for n in masks]        # laid out alike, below
+        masks = weights, [torch.empty_like(w).copy_(m) for w, m in zip(weights, masks.values())]
+    forward = network if machine.world == 1 else torch.nn.parallel.DistributedDataParallel(network)
+    if machine.compile:
+        torch.compiler.reset()               # torch compiles eight networks, then silently no more
+        forward = torch.compile(forward)
+    count = len(data.train[1])
+    steps = math.ceil(count / settings["batch_size"])
+    for epoch in range(len(curve), settings["epochs"]):
+        began, losses, hits = time.perf_counter(), [], []
+        network.train()
+        batches = train_batches(data, settings["seed"], epoch, settings["batch_size"], machine)
+        for step, (x, y, counted, weight) in enumerate(batches, epoch * steps):
+            group["lr"], group["momentum"] = schedule(step)
+            loss, right = train_step(forward, optimizer, x, y, machine, weight, masks)
+            losses.append(loss * counted)                     # stays on the device: no step waits
+            hits.append(right * bool(counted))
+        losses, hits = together(network, torch.stack(losses), torch.stack(hits), machine)
+        if not losses.isfinite().all():
+            raise Refused(f"the loss is not finite in epoch {epoch + 1}: a smaller --lr may help; "
+                          "the state after the last good epoch is kept")
+        curve.append({"epoch": epoch + 1, "lr": schedule(epoch * steps)[0],
+                      "train_loss": losses.double().sum().item() / count,
+                      "train_accuracy": 100 * hits.sum().item() / count,
+                      "test_accuracy": evaluate(network, data, machine)})
+        seconds += time.perf_counter() - began
+        if machine.rank == 0:
+            for path in [snapshot_path(state_path, epoch + 1)] * (epoch + 1 in keep) + [state_path]:
+                models.save(path, {
+                    "kind": "state", "settings": settings, "curve": curve, "seconds": seconds,
+                    "model": network.state_dict(),
+                    "momentum": {name: optimizer.state[parameter]["momentum_buffer"]
+                                 for name, parameter in network.named_parameters()}})
+        yield curve, seconds
 
-    def uniform(low, high, *shape):
-        return draw.uniform(low, high, (count, *shape)).astype(np.float32)
 
-    grid = np.arange(32, dtype=np.float32) - 15.5
-    size, angle = uniform(6, 11, 1, 1), uniform(0, 2 * math.pi, 1, 1)
-    x = (grid[None, None, :] - uniform(-5, 5, 1, 1)) / size
-    y = (grid[None, :, None] - uniform(-5, 5, 1, 1)) / size
-    depth = np.empty((count, 32, 32), np.float32)
-    for label, outline in enumerate(OUTLINES):
-        mine = slice(label, None, 10)
-        cos, sin = np.cos(angle[mine]), np.sin(angle[mine])
-        depth[mine] = outline(x[mine] * cos + y[mine] * sin, y[mine] * cos - x[mine] * sin)
-    cover = 1 / (1 + np.exp(np.clip(-3 * depth * size, -30, 30)))[:, None]     # soft edge
+def train_step(forward, optimizer, x, y, machine, weight=1.0, masks=None):
+    """One step of SGD. Returns the loss and the number of right answers, both still on the device.
+    """
+    with machine.autocast():
+        out = forward(x)
+    loss = F.cross_entropy(out.float(), y)
+    (loss * weight).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if masks:                                  # pruned weights: back to exactly 0, all in one call
+        with torch.no_grad():
+            torch._foreach_mul_(*masks)
+    return loss.detach(), (out.detach().argmax(1) == y).sum()
 
-    low = torch.from_numpy(uniform(0.3, 0.7, 3, 4, 4))                # smooth background
-    image = F.interpolate(low, size=32, mode="bicubic", align_corners=False).numpy()
-    for _ in range(4):                                            # distractors: small squares
-        far = np.maximum(abs(grid[None, None, :] - uniform(-16, 16, 1, 1)),
-                         abs(grid[None, :, None] - uniform(-16, 16, 1, 1)))[:, None]
-        np.copyto(image, uniform(0, 1, 3, 1, 1), where=far < uniform(1, 2.5, 1, 1, 1))
-    image += cover * (uniform(0, 1, 3, 1, 1) - image)
-    image += draw.standard_normal(image.shape, dtype=np.float32) * 0.06
-    return torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)), torch.from_numpy(labels)
 
+def evaluate(network, data, machine):
+    """Percent of the test images that are classified rightly; each counted exactly once."""
+    network.eval()
+    mine = torch.arange(machine.rank, len(data.test[1]), machine.world)
+    right = torch.zeros((), dtype=torch.int64, device=machine.device)
+    with torch.inference_mode():
+        for x, y in plain_batches(data.test, mine, data, machine):
+            with machine.autocast():
+                out = network(x)
+            right += (out.argmax(1) == y).sum()
+    if machine.world > 1:
+        torch.distributed.all_reduce(right)
+    return 100 * right.item() / len(data.test[1])
+
+
+def optimizer_of(network, weight_decay, momentum=None):
+    """Plain SGD, fused, weight decay on everything; `momentum`: {parameter name: buffer} to start
+    from. Learning rate and momentum are set at every step, from the schedule."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9,
+                                weight_decay=weight_decay, fused=True)
+    for name, parameter in network.named_parameters():
+        if momentum:
+            # Laid out as the parameter is: the fused kernel walks both memories side by side.
+            optimizer.state[parameter]["momentum_buffer"] = (
+                torch.empty_like(parameter).detach().copy_(momentum[name]))
+    return optimizer
+
+
+def together(network, losses, hits, machine):
+    """The losses and hits of all processes, on the CPU; and the first one's buffers for all, so
+    that everybody evaluates the same network."""
+    if machine.world > 1:
+        for value in (losses, hits):
+            torch.distributed.all_reduce(value)
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, 0)
+    return losses.cpu(), hits.cpu()
+
+
+def snapshot_path(state_path, epoch):
+    """Where the state after `epoch` epochs of a dense run is kept for weight rewinding."""
+    return os.path.join(os.path.dirname(state_path), f"epoch-{epoch:03d}.pt")
+
+
+def same_run(wanted, found, path):
+    """Refuse, naming the settings that differ, unless two dicts of settings are equal."""
+    differ = [f"{k} (here {wanted.get(k)!r}, there {found.get(k)!r})"
+              for k in {**wanted, **found} if wanted.get(k) != found.get(k)]
+    if differ:
+        raise Refused(f"{path}: belongs to another run; it differs in {', '.join(differ)}. "
+                      "--out DIR takes another folder; or remove this file")
+
+
+def describe(point, epochs):
+    """One epoch of a curve as a line of text."""
+    return (f"{point['epoch']:4d}/{epochs}  lr {point['lr']:<9.4g} loss {point['train_loss']:.4f}  "
+            f"train {point['train_accuracy']:5.2f} %  test {point['test_accuracy']:5.2f} %")
+
+
+def clock(seconds):
+    return f"{seconds // 3600:.0f}:{seconds // 60 % 60:02.0f}:{seconds % 60:02.0f}"
+
+
+# ---- batches -------------------------------------------------------------------------------------
 
 class Data(NamedTuple):
     """A data set. A split is (images, labels): images are uint8 (n, 3, side, side) on the device,
@@ -119,160 +199,10 @@ class Data(NamedTuple):
     """
     train: tuple
     test: tuple
-    val: tuple          # held-out part of the training set; labels may be empty
     side: int
     classes: int
     mean: list
     std: list
-
-
-def fingerprint(data):
-    """What the training data are, as text that `--resume` compares: large images count by their
-    folder and name, small ones by their pixels."""
-    images, labels = data.train
-    content = hashlib.sha256(labels.cpu().numpy())
-    if isinstance(images, list):
-        content.update(b"\n".join(b"/".join(os.fsencode(p).split(b"/")[-2:]) for p in images))
-    else:
-        content.update(images.cpu().contiguous().numpy())
-    return (f"{len(labels)} images, {data.classes} classes, {data.side} pixels, "
-            f"{content.hexdigest()[:8]}")
-
-
-def balanced(labels, count, flag):
-    """`count` indices of `labels`, fixed and class-balanced (Refused, naming `flag`, if
-    impossible)."""
-    classes = int(labels.max()) + 1
-    order = np.random.default_rng(0).permutation(len(labels))
-    chosen = []
-    for c in range(classes):
-        wanted = count // classes + (c < count % classes)
-        mine = order[labels[order] == c][:wanted]
-        if len(mine) < wanted:
-            raise Refused(f"argument {flag}: {count} images need {wanted} of class {c}, which has "
-                          f"{len(mine)}")
-        chosen.append(mine)
-    return np.sort(np.concatenate(chosen))
-
-
-def folder_split(root, names):
-    """(file paths, labels, class names) of the first of the folders `names` under `root`."""
-    from torchvision.datasets import ImageFolder
-    for name in names:
-        path = os.path.join(root, name)
-        if os.path.isdir(path):
-            try:
-                found = ImageFolder(path)
-            except FileNotFoundError as problem:
-                raise Refused(f"argument --data-dir: {problem}") from None
-            return [p for p, _ in found.samples], np.array(found.targets), found.classes
-    raise Refused(f"argument --data-dir: {root} has no folder {' or '.join(names)} with a folder "
-                  "of images for each class")
-
-
-def decode(path):
-    """One image file as PIL RGB (Refused, naming the file, if it cannot be read)."""
-    from torchvision.datasets.folder import default_loader
-    try:
-        return default_loader(path)
-    except Exception as problem:      # PIL's plugins raise anything on damaged files
-        raise Refused(f"{path}: not a readable image ({type(problem).__name__})") from None
-
-
-def resident(paths):
-    """Small image files as one uint8 tensor (n, 3, side, side), decoded on all cores."""
-    with ThreadPoolExecutor() as pool:
-        arrays = list(pool.map(lambda path: np.asarray(decode(path)), paths))
-    for path, array in zip(paths, arrays):
-        if array.shape != arrays[0].shape or array.shape[0] != array.shape[1]:
-            raise Refused(f"{path}: is {array.shape[1]} x {array.shape[0]} pixels; all images must "
-                          f"be square and of one size, like {paths[0]}")
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-
-
-def source(name, data_dir):
-    """(labels, fetch, classes, large) of a data set: for its training and its test images the
-    labels, and a function from indices to images; `large` says whether those are file paths."""
-    if name == "shapes":
-        sets = [shapes(n, seed) for n, seed in ((4000, 0), (2000, 1))]
-        return [y.numpy() for _, y in sets], [lambda i, x=x: x[i] for x, _ in sets], 10, False
-    if name in ("cifar10", "cifar100"):
-        from torchvision import datasets
-        try:
-            sets = [getattr(datasets, name.upper())(data_dir, train, download=True)
-                    for train in (True, False)]
-        except (OSError, RuntimeError) as problem:
-            raise Refused(f"argument --data-dir: {name} is not in {data_dir} and could not be "
-                          f"downloaded ({problem})") from None
-        fetch = [lambda i, s=s: torch.from_numpy(s.data[i]).permute(0, 3, 1, 2) for s in sets]
-        return [np.array(s.targets) for s in sets], fetch, len(sets[0].classes), False
-    splits = [folder_split(data_dir, names) for names in (("train",), ("test", "val"))]
-    odd = sorted(set(splits[0][2]) ^ set(splits[1][2]))
-    if odd:               # as many, but others: the labels would be silently wrong
-        raise Refused(f"argument --data-dir: {data_dir} has other classes for training than "
-                      f"for test, {odd[0]!r} for one")
-    large = max(decode(splits[0][0][0]).size) > LARGEST_RESIDENT
-    fetch = [lambda i, p=p: [p[k] for k in i] if large else resident([p[k] for k in i])
-             for p, _, _ in splits]
-    return [s[1] for s in splits], fetch, len(splits[0][2]), large
-
-
-def statistics_of(images):
-    """Mean and std of each channel of uint8 images, exact, from its histogram."""
-    levels = torch.stack([torch.bincount(images[:, c].reshape(-1).int(), minlength=256)
-                          for c in range(3)]).double()
-    share, level = levels / levels.sum(1, keepdim=True), torch.arange(256).double() / 255
-    mean = (share @ level).tolist()
-    return mean, (share @ level ** 2 - torch.tensor(mean) ** 2).clamp(min=1e-4).sqrt().tolist()
-
-
-def load_data(recipe, data_dir, device, dry_run=False, checkpoint=None, training=True):
-    """The data set recipe["dataset"] with recipe["subset"] training images (None: all), as `Data`.
-
-    checkpoint: one whose classes, size and normalisation are to be used. training=False: only the
-    test images; needs a checkpoint.
-    Raises Refused where the folder, its images or the wanted sizes do not fit."""
-    labels, fetch, classes, large = source(recipe["dataset"], data_dir)
-    rest, val = np.arange(len(labels[0])), np.arange(0)
-    if recipe["val_size"]:
-        val = balanced(labels[0], recipe["val_size"], "--val-size")
-        rest = np.setdiff1d(rest, val)
-    if not len(rest):
-        raise Refused("argument --val-size: leaves no image for training")
-    if dry_run:
-        subset = min(2 * recipe["batch_size"], len(rest))
-        rest = rest[::len(rest) // subset][:subset]
-    elif recipe["subset"] is not None:
-        rest = rest[balanced(labels[0][rest], recipe["subset"], "--subset")]
-    test = np.arange(len(labels[1]))
-    if dry_run:
-        test = test[::max(1, len(test) // 64)][:64]
-    if not training:
-        rest = rest[:0]
-
-    images = [fetch[k](i) if len(i) else None for k, i in ((0, rest), (1, test), (0, val))]
-    y = [torch.from_numpy(labels[k][i]).to(device) for k, i in ((0, rest), (1, test), (0, val))]
-    side = 224 if large else images[1].shape[-1]
-    if images[0] is not None and not large and images[0].shape[-1] != side:
-        raise Refused(f"argument --data-dir: training images are {images[0].shape[-1]} pixels "
-                      f"wide, test images {side}")
-    if checkpoint and (classes, side) != (checkpoint["classes"], checkpoint["side"]):
-        raise Refused(f"argument --data-dir: {classes} classes of {side} pixels, but the "
-                      f"checkpoint's network knows {checkpoint['classes']} classes of "
-                      f"{checkpoint['side']} pixels")
-    if checkpoint:
-        mean, std = checkpoint["mean"], checkpoint["std"]
-    elif large:
-        mean, std = IMAGENET_STATISTICS
-    elif recipe["dataset"] in ("cifar10", "cifar100"):
-        mean, std = CIFAR_STATISTICS
-    else:
-        mean, std = statistics_of(images[0])
-    if not large:
-        if images[0] is not None:
-            images[0] = F.pad(images[0], (PAD,) * 4)
-        images = [i if i is None else i.to(device) for i in images]
-    return Data(*zip(images, y), side, classes, list(mean), list(std))
 
 
 def epoch_draws(seed, epoch, count):
@@ -310,36 +240,8 @@ def affine(mean, std, device):
     return tuple(torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (scale, shift))
 
 
-class Files(torch.utils.data.Dataset):
-    """Large images, decoded on the fly. Items are asked for as (index, seed), so that the random
-    crop is a function of the seed whichever worker draws it."""
-    def __init__(self, paths, labels, training):
-        from torchvision.transforms import v2
-        self.paths, self.labels = paths, labels.tolist()
-        self.transform = v2.Compose(
-            [v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
-            if training else [v2.Resize(256, antialias=True), v2.CenterCrop(224), v2.PILToTensor()])
-
-    def __getitem__(self, item):
-        index, seed = item
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.transform(decode(self.paths[index])), self.labels[index]
-
-
-def file_batches(split, parts, seed, machine, training):
-    """Batches of large images: `parts` is a list of int64 index tensors."""
-    items = [[(int(i), hash((seed, int(i)))) for i in part] for part in parts]
-    try:
-        yield from torch.utils.data.DataLoader(Files(*split, training), batch_sampler=items,
-                                               num_workers=machine.workers, pin_memory=machine.cuda)
-    except Refused as problem:     # out of a worker it comes with that one's traceback as its text
-        problem.__traceback__ = None     # holds the loader, whose workers would end 5 s late
-        raise Refused(str(problem).strip().rsplit("Refused: ")[-1]) from None
-
-
-def train_batches(data, seed, epoch, batch_size, machine, start=0):
-    """The batches of an epoch from step `start`: (float images, labels, counted, weight).
+def train_batches(data, seed, epoch, batch_size, machine):
+    """The batches of an epoch: (float images, labels, counted, weight).
 
     With several processes (torchrun) each takes every world-th sample of the same global batch.
     counted: how many of these samples this process answers for; weight: what its mean loss is
@@ -348,39 +250,226 @@ def train_batches(data, seed, epoch, batch_size, machine, start=0):
     images, labels = data.train
     order, crop, flip = epoch_draws(seed, epoch, len(labels))
     parts, counted = [], []
-    for low in range(start * batch_size, len(labels), batch_size):
+    for low in range(0, len(labels), batch_size):
         high = min(low + batch_size, len(labels))
         # A last batch too small to share out: everybody takes it all and the first one counts.
         small = high - low < 2 * machine.world
         parts.append(slice(low, high) if small else slice(low + machine.rank, high, machine.world))
-        counted.append(0 if small and machine.rank else len(range(*parts[-1].indices(high))))
-        counted[-1] = counted[-1], counted[-1] * machine.world / (high - low)
+        mine = 0 if small and machine.rank else len(range(*parts[-1].indices(high)))
+        counted.append((mine, mine * machine.world / (high - low)))
     if isinstance(images, list):
-        loader = file_batches(data.train, [order[p] for p in parts], (seed, epoch), machine, True)
-        for (x, y), counts in zip(loader, counted):
-            yield (normalise(x.to(machine.device, non_blocking=True), data),
-                   y.to(machine.device, non_blocking=True), *counts)
-        return
-    order, crop, flip = (t.to(machine.device) for t in (order, crop, flip))
-    for part, counts in zip(parts, counted):
-        index = order[part]
-        yield (normalise(augment(images, index, crop[part], flip[part]), data), labels[index],
-               *counts)
-
-
-def calibration(data, count, seed, machine):
-    """(images, labels): `count` training images without augmentation, chosen by `seed`."""
-    images, labels = data.train
-    if count > len(labels):
-        raise Refused(f"argument --calibration-images: {count}, but there are {len(labels)} for "
-                      "training")
-    chosen = torch.from_numpy(np.random.default_rng((11, seed)).permutation(len(labels))[:count])
-    if isinstance(images, list):
-        batches = file_batches(data.train, chosen.split(64), seed, machine, False)
-        x = torch.cat([x for x, _ in batches])
+        pairs = file_batches(data.train, [order[p] for p in parts], data, machine, (seed, epoch))
     else:
-        x = images[chosen.to(machine.device)][:, :, PAD:-PAD, PAD:-PAD]
-    return normalise(x.to(machine.device), data), labels[chosen.to(machine.device)]
+        order, crop, flip = (t.to(machine.device) for t in (order, crop, flip))
+        pairs = ((normalise(augment(images, order[p], crop[p], flip[p]), data), labels[order[p]])
+                 for p in parts)
+    for (x, y), counts in zip(pairs, counted):
+        yield x, y, *counts
+
+
+def plain_batches(split, index, data, machine):
+    """(float images, labels) of the images `index` of a split, as they are."""
+    images, labels = split
+    if isinstance(images, list):
+        return file_batches(split, index.split(128), data, machine)
+    parts = index.to(machine.device).split(1000)
+    return ((normalise(images[part].to(machine.device), data), labels[part]) for part in parts)
+
+
+class Files(torch.utils.data.Dataset):
+    """Large images, decoded on the fly. Items are asked for as (index, seed), so that the random
+    crop is a function of the seed whichever worker draws it."""
+    def __init__(self, paths, labels, training):
+        from torchvision.transforms import v2
+        self.paths, self.labels = paths, labels.tolist()
+        crop = ([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()] if training
+                else [v2.Resize(256, antialias=True), v2.CenterCrop(224)])
+        self.transform = v2.Compose([*crop, v2.PILToTensor()])
+
+    def __getitem__(self, item):
+        index, seed = item
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.transform(decode(self.paths[index])), self.labels[index]
+
+
+def file_batches(split, parts, data, machine, seed=None):
+    """(float images, labels) for each index tensor of `parts`; augmented if there is a `seed`."""
+    items = [[(int(i), hash((seed, int(i))) if seed else 0) for i in part] for part in parts]
+    loader = torch.utils.data.DataLoader(
+        Files(*split, training=seed is not None), batch_sampler=items, num_workers=machine.workers,
+        pin_memory=machine.device.type == "cuda")
+    try:
+        for x, y in loader:
+            x, y = (t.to(machine.device, non_blocking=True) for t in (x, y))
+            yield normalise(x, data), y
+    except Refused as problem:     # out of a worker it comes with that one's traceback as its text
+        problem.__traceback__ = None     # holds the loader, whose workers would end 5 s late
+        raise Refused(str(problem).strip().rsplit("Refused: ")[-1]) from None
+
+
+# ---- data sets -----------------------------------------------------------------------------------
+
+def shapes(count, seed):
+    """The generated data set: (images uint8 (count, 3, 32, 32), labels int64), a function of
+    `seed`: ten fixed blobs at a random place, size, angle and colour, on a smooth random background
+    with noise."""
+    draw = torch.Generator().manual_seed(2021)
+    blobs = F.interpolate(torch.rand(10, 1, 5, 5, generator=draw), size=32, mode="bicubic")
+    draw.manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(count, *shape, generator=draw)
+    labels = torch.arange(count) % 10
+    angle, zoom = uniform(-0.4, 0.4), uniform(1.0, 1.6)
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    to_blob = torch.stack([cos, -sin, uniform(-0.3, 0.3), sin, cos, uniform(-0.3, 0.3)], 1)
+    grid = F.affine_grid(to_blob.view(count, 2, 3), (count, 1, 32, 32), align_corners=False)
+    cover = (20 * (F.grid_sample(blobs[labels], grid, align_corners=False) - 0.5)).sigmoid()
+    image = F.interpolate(uniform(0.2, 0.8, 3, 4, 4), size=32, mode="bicubic")
+    image += cover * (uniform(0, 1, 3, 1, 1) - image)
+    image += 0.05 * torch.randn(image.shape, generator=draw)
+    return (image.clamp(0, 1) * 255).to(torch.uint8), labels
+
+
+def split_of(name, data_dir, training):
+    """(images, labels, class names) of a data set's training or test images: uint8 (n, 3, 32, 32),
+    or a list of file paths."""
+    if name == "shapes":
+        images, labels = shapes(*((4000, 0) if training else (2000, 1)))
+        return images, labels.numpy(), list(range(10))
+    from torchvision import datasets
+    if name in ("cifar10", "cifar100"):
+        try:
+            found = getattr(datasets, name.upper())(data_dir, training, download=True)
+        except (OSError, RuntimeError) as problem:
+            raise Refused(f"argument --data-dir: {name} is not in {data_dir} and could not be "
+                          f"downloaded ({problem})") from None
+        images = torch.from_numpy(found.data).permute(0, 3, 1, 2)
+        return images, np.array(found.targets), found.classes
+    for folder in ("train",) if training else ("test", "val"):
+        path = os.path.join(data_dir, folder)
+        if os.path.isdir(path):
+            try:
+                found = datasets.ImageFolder(path)
+            except FileNotFoundError as problem:
+                raise Refused(f"argument --data-dir: {problem}") from None
+            return [p for p, _ in found.samples], np.array(found.targets), found.classes
+    raise Refused(f"argument --data-dir: {data_dir} has no {'training' if training else 'test'} "
+                  "images: train/<class>/*, and test/ or val/<class>/*")
+
+
+def balanced(labels, count):
+    """`count` indices of `labels`, fixed and class-balanced; Refused if a class has too few."""
+    classes, order = labels.max() + 1, np.random.default_rng(0).permutation(len(labels))
+    chosen = np.concatenate([order[labels[order] == c][:count // classes + (c < count % classes)]
+                             for c in range(classes)])
+    if len(chosen) < count:
+        raise Refused(f"argument --subset: {count} images, evenly of all classes: one has too few")
+    return np.sort(chosen)
+
+
+def decode(path):
+    """One image file as PIL RGB. Raises Refused, naming it, if it cannot be read; PIL would make
+    16-bit PNGs almost white."""
+    from torchvision.datasets.folder import default_loader
+    with open(path, "rb") as file:
+        start = file.read(25)
+    if start[:4] == b"\x89PNG" and start[24:] == b"\x10":
+        raise Refused(f"{path}: has 16 bits a channel; convert it to 8")
+    try:
+        return default_loader(path)
+    except Exception as problem:      # PIL's plugins raise anything on damaged files
+        raise Refused(f"{path}: not a readable image ({type(problem).__name__})") from None
+
+
+def resident(paths):
+    """Small image files as one uint8 tensor (n, 3, side, side), decoded on all cores."""
+    with ThreadPoolExecutor() as pool:
+        arrays = list(pool.map(lambda path: np.asarray(decode(path)), paths))
+    for path, array in zip(paths, arrays):
+        if array.shape != arrays[0].shape or array.shape[0] != array.shape[1]:
+            raise Refused(f"{path}: is {array.shape[1]} x {array.shape[0]} pixels; all images must "
+                          f"be square and of one size, like {paths[0]}")
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def statistics_of(images):
+    """Mean and std of each channel of uint8 images, exact, from its histogram."""
+    levels = torch.stack([torch.bincount(images[:, c].reshape(-1).int(), minlength=256)
+                          for c in range(3)]).double()
+    share, level = levels / levels.sum(1, keepdim=True), torch.arange(256).double() / 255
+    mean = (share @ level).tolist()
+    return mean, (share @ level ** 2 - torch.tensor(mean) ** 2).clamp(min=1e-4).sqrt().tolist()
+
+
+def load_data(recipe, data_dir, device, checkpoint=None):
+    """The data set recipe["dataset"], with recipe["subset"] training and recipe["test_subset"] test
+    images (None: all), as `Data`. checkpoint: one whose classes, size and normalisation hold.
+    Raises Refused where the folder, its images or the wanted sizes do not fit."""
+    splits, names = [], []
+    for training, wanted in ((True, recipe["subset"]), (False, recipe["test_subset"])):
+        images, labels, classes = split_of(recipe["dataset"], data_dir, training)
+        if wanted is not None:
+            chosen = balanced(labels, wanted)
+            labels = labels[chosen]
+            images = [images[i] for i in chosen] if isinstance(images, list) else images[chosen]
+        if isinstance(images, list) and max(decode(images[0]).size) <= LARGEST_RESIDENT:
+            images = resident(images)
+        splits.append([images, torch.from_numpy(labels).to(device)])
+        names.append(classes)
+    large = isinstance(splits[0][0], list)
+    sides = [224 if isinstance(images, list) else images.shape[-1] for images, _ in splits]
+    odd = sorted(set(names[0]) ^ set(names[1]))
+    if odd or sides[0] != sides[1]:   # as many classes, but others: labels would be silently wrong
+        raise Refused(f"argument --data-dir: {data_dir}: training and test images differ, in "
+                      f"{f'class {odd[0]!r}' if odd else f'their {sides} pixels'}")
+    known = checkpoint and (checkpoint["classes"], checkpoint["side"])
+    if known and known != (len(names[0]), sides[0]):
+        raise Refused(f"argument --data-dir: {len(names[0])} classes of {sides[0]} pixels, but the "
+                      f"checkpoint's network knows {known[0]} classes of {known[1]} pixels")
+    if checkpoint:
+        mean, std = checkpoint["mean"], checkpoint["std"]
+    elif recipe["dataset"] in ("cifar10", "cifar100"):
+        mean, std = CIFAR_STATISTICS
+    else:
+        mean, std = IMAGENET_STATISTICS if large else statistics_of(splits[0][0])
+    if not large:
+        splits[0][0] = F.pad(splits[0][0], (PAD,) * 4).to(device)
+        splits[1][0] = splits[1][0].to(device)
+    return Data(*splits, sides[0], len(names[0]), list(mean), list(std))
+
+
+_loaded = {}
+
+
+def data_for(checkpoint, args, machine):
+    """The `Data` of a checkpoint, loaded once for all in a row that share them."""
+    data_dir = args.data_dir or checkpoint["data_dir"]
+    key = json.dumps([data_dir, checkpoint["settings"]["data"],
+                      *(checkpoint[k] for k in ("classes", "side", "mean", "std")),
+                      *(checkpoint["recipe"][k] for k in ("dataset", "subset", "test_subset"))])
+    if key not in _loaded:
+        _loaded.clear()
+        data = load_data(checkpoint["recipe"], data_dir, machine.device, checkpoint)
+        found, known = fingerprint(data), checkpoint["settings"]["data"]
+        if found != known:
+            raise Refused(f"argument --data-dir: {data_dir} holds {found}, but the network was "
+                          f"trained on {known}")
+        _loaded[key] = data
+    return _loaded[key]
+
+
+def fingerprint(data):
+    """What the training data are, as text: large images count by their folder and name, small ones
+    by their pixels."""
+    images, labels = data.train
+    if isinstance(images, list):
+        content = "".join("/".join(re.split(r"[/\\]", p)[-2:]) for p in images).encode()
+    else:
+        content = images.cpu().numpy().tobytes()
+    digest = hashlib.sha256(labels.cpu().numpy().tobytes() + content).hexdigest()[:8]
+    return f"{len(labels)} images, {data.classes} classes, {data.side} pixels, {digest}"
 
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -388,87 +477,66 @@ def calibration(data, count, seed, machine):
 class Machine(NamedTuple):
     """Where and how a run computes."""
     device: torch.device
-    bf16: bool          # autocast to bfloat16; weights, BN statistics and loss stay float32
-    compile: str
-    workers: int
+    bf16: bool = False      # autocast to bfloat16; weights, BN statistics and loss stay float32
+    compile: bool = False
+    workers: int = 0
     rank: int = 0
     world: int = 1
-
-    @property
-    def cuda(self):
-        return self.device.type == "cuda"
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def fast_bf16(device):
-    """Is bfloat16 faster here? GPUs since Ampere, AMX, AMD's AVX-512-BF16 (twice the fp32 rate).
-    Not Intel's AVX-512-BF16 without AMX: there oneDNN's bf16 convs took 1.6 times as long as fp32
-    ones."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
+def the_machine(args, place=None):
+    """The `Machine` of the command line; joins the process group when started by torchrun.
+
+    place: which of the accelerators, if there are several (default: torchrun's local rank)."""
+    rank, world, local = (os.environ.get(*k) for k in
+                          (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    if not (rank + world + local).isdecimal() or int(rank) >= int(world):
+        raise Refused(f"environment: RANK={rank} of WORLD_SIZE={world}: start with torchrun, which "
+                      "sets them, or unset them")
+    rank, world, local = int(rank), int(world), int(local)
+    gpus = torch.accelerator.device_count()
+    found = torch.accelerator.current_accelerator() if gpus else "cpu"
     try:
-        with open("/proc/cpuinfo") as file:
-            words = set(file.read().split())
-        return "amx_bf16" in words or {"avx512_bf16", "AuthenticAMD"} <= words
-    except OSError:
-        return False
-
-
-def machine_flags(flags):
-    """The flags with which train.py, prune.py and retrain.py say where and how to compute."""
-    flags.add_argument("--data-dir", type=schedules.path,
-                       help="where the images are (default: data, or as in the checkpoint)")
-    flags.add_argument("--device", default="auto",
-                       help="auto (a GPU if there is one), cpu, cuda, cuda:1")
-    flags.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-                       help="auto: bf16 autocast where the hardware has it")
-    flags.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
-                       help="torch.compile; auto: long runs on a GPU")
-    flags.add_argument("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count() or 1),
-                       help="processes that decode large images")
-    flags.add_argument("--deterministic", action="store_true",
-                       help="bitwise repeatable on a GPU too")
-    flags.add_argument("--dry-run", action="store_true",
-                       help="two steps an epoch, two epochs, 64 test images: everything is written "
-                            "in seconds, nothing is learned")
-
-
-def loop_flags(flags):
-    """The flags of the scripts that run the training loop."""
-    flags.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    flags.add_argument("--save-every", type=number(int, 0), default=0, metavar="STEPS",
-                       help="save every so many steps too, not only after each epoch")
-
-
-def the_machine(args):
-    """The `Machine` of the command line; joins the process group when started by torchrun."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    name = args.device
-    if name == "auto":
-        name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise Refused(f"argument --device: {name!r} is not supported; try auto, cpu or cuda")
-    try:
-        device = torch.device(name)
+        device = torch.device(args.device or found)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise Refused(f"argument --device: {name!r} is not here; try auto or cpu") from None
-    if device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc hands every large tensor's memory back and faults it in again: a tenth of a step.
-        libc.mallopt(-3, 32 << 20), libc.mallopt(-1, 2 ** 31 - 1)      # M_MMAP_, M_TRIM_THRESHOLD
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = not args.deterministic
+    except (RuntimeError, AssertionError, ImportError):
+        raise Refused(f"argument --device: {args.device!r} is not here; leave it out, or "
+                      "cpu") from None
+    if gpus and device.type != "cpu" and device.index is None:
+        torch.accelerator.set_device_index((local if place is None else place) % gpus)
+    # glibc hands every large tensor's memory back and faults it in again: a tenth of a CPU's step.
+    with contextlib.suppress(OSError, TypeError, AttributeError):                # not on this system
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20), libc.mallopt(-1, 2 ** 31 - 1)    # M_MMAP_, M_TRIM_THRESHOLD
+    cuda = device.type == "cuda"
+    torch.backends.cudnn.benchmark = cuda and not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    bf16 = fast_bf16(device) if args.precision == "auto" else args.precision == "bf16"
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    bf16 = (args.precision == "bf16" if args.precision
+            else cuda and torch.cuda.is_bf16_supported(including_emulation=False))
     return Machine(device, bf16, args.compile, args.workers, rank, world)
+
+
+@functools.cache
+def provenance(device):
+    """What else decides the bits of a result, for the record: among it the git commit of this code,
+    with -dirty if it was changed since (empty outside a clone)."""
+    git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        commit = subprocess.run(git, cwd=os.path.dirname(os.path.abspath(__file__)), text=True,
+                                capture_output=True).stdout.strip()
+    except OSError:
+        commit = ""
+    name = (torch.cuda.get_device_name() if device.type == "cuda" else
+            f"{device.type}, {torch.backends.cpu.get_cpu_capability()}")
+    return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__),
+            "commit": commit}
 
 
 def say(*words):
@@ -477,432 +545,57 @@ def say(*words):
         print(*words, flush=True)
 
 
-# ---- evaluation and the loop ---------------------------------------------------------------------
+@contextlib.contextmanager
+def working_in(folder, machine):
+    """Inside, no other train.py or retrain.py works in this run folder, which is made if need be.
 
-def evaluate(network, data, machine, split="test"):
-    """Percent of the images of a split that are classified rightly; each counted exactly once."""
-    images, labels = getattr(data, split)
-    network.eval()
-    mine = torch.arange(machine.rank, len(labels), machine.world)
-    size = 1000 if data.side <= LARGEST_RESIDENT else 128
-    right = torch.zeros((), dtype=torch.int64, device=machine.device)
-    with torch.inference_mode():
-        if isinstance(images, list):
-            chunks = file_batches((images, labels), mine.split(size), 0, machine, False)
-        else:
-            chunks = ((images[i], labels[i]) for i in mine.to(machine.device).split(size))
-        for x, y in chunks:
-            with machine.autocast():
-                out = network(normalise(x.to(machine.device), data))
-            right += (out.argmax(1) == y.to(machine.device)).sum()
-    if machine.world > 1:
-        torch.distributed.all_reduce(right)
-    return 100 * right.item() / len(labels)
-
-
-@functools.lru_cache(maxsize=1)
-def forget_compiled(shapes):
-    """Drop what was compiled for other `shapes` than these: torch compiles eight variants of a
-    forward, then silently no more. Called again with the same shapes it does nothing: lru_cache."""
-    torch.compiler.reset()
-
-
-def fastest(network, machine, steps):
-    """`network`, compiled if asked for. Compiling costs half a minute or more. auto: only in long
-    runs on a GPU, where a small network waits for kernel launches, which a CUDA graph replays (not
-    measured yet); on a CPU it gained between nothing and a quarter."""
-    if machine.compile == "on" or machine.compile == "auto" and machine.cuda and steps >= 10_000:
-        forget_compiled(tuple(p.shape for p in network.parameters()))
-        return torch.compile(network, mode="reduce-overhead" if machine.cuda else None)
-    return network
-
-
-def optimizer_of(network, weight_decay, momentum=None):
-    """Plain SGD, fused, weight decay on everything; `momentum`: {parameter name: buffer} to start
-    from. Learning rate and momentum are set at every step, from the schedule."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9,
-                                weight_decay=weight_decay, fused=True)
-    for name, parameter in network.named_parameters():
-        if momentum:
-            # Laid out as the parameter is: the fused kernel walks both memories side by side.
-            optimizer.state[parameter]["momentum_buffer"] = (
-                torch.empty_like(parameter).detach().copy_(momentum[name]))
-    return optimizer
-
-
-def train_step(forward, optimizer, x, y, machine, weight=1.0, masks=None):
-    """One step of SGD. Returns the loss and the number of right answers, both still on the device.
-    """
-    with machine.autocast():
-        out = forward(x)
-    loss = F.cross_entropy(out.float(), y)
-    (loss * weight).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    if masks:                                  # pruned weights: back to exactly 0, all in one call
-        with torch.no_grad():
-            torch._foreach_mul_(*masks)
-    return loss.detach(), (out.detach().argmax(1) == y).sum()
-
-
-def momentum_of(network, optimizer):
-    """{parameter name: its momentum buffer}; empty before the first step."""
-    held = {n: optimizer.state[p].get("momentum_buffer") for n, p in network.named_parameters()}
-    return {n: buffer for n, buffer in held.items() if buffer is not None}
-
-
-def check_finite(network, losses, epoch, state_path):
-    """Refuse to go on after a step of this epoch whose loss, or the weights after it, overflowed.
-    """
-    bad = (~losses.isfinite()).nonzero()
-    # The last step's loss is from before its update, so that the tensors are looked at too.
-    sound = all(v.isfinite().all() for v in network.state_dict().values())
-    if len(bad) or not sound:
-        what, step = ("loss is", int(bad[0]) + 1) if len(bad) else ("weights are", len(losses))
-        kept = (f" (in a new run: {state_path} holds the last good state of this one)"
-                if os.path.exists(state_path) else "")
-        raise Refused(f"the {what} not finite at epoch {epoch + 1}, step {step}: a smaller "
-                      f"--lr may help{kept}")
-
-
-def fit(network, data, schedule, settings, machine, state_path, *, resume=False, save_every=0,
-        masks=None, momentum=None, snapshots=()):
-    """Train `network` in place: the one loop, for dense training and every retraining.
-
-    schedule: step -> (lr, momentum). settings: dict of plain values that define the run; of these
-    the loop uses epochs, batch_size, weight_decay, seed, and `resume` compares all. masks: {weight
-    name: bool tensor}, False stays exactly 0. momentum: {parameter name: buffer} to start from
-    (weight rewinding). snapshots: epochs before which the state is also kept, beside state_path.
-    state_path: what --resume reads, written after each epoch, every `save_every` steps, and on
-    SIGTERM or SIGINT (then exits 143 or 130; a second signal exits at once).
-    Returns (curve, seconds): a dict for each epoch, and the time spent in all sessions.
-    Raises Refused on a non-finite loss and on a state of another run.
-    """
-    epochs, batch_size = settings["epochs"], settings["batch_size"]
-    count = len(data.train[1])
-    steps = math.ceil(count / batch_size)
-    device, first_epoch, first_step, curve, before = machine.device, 0, 0, [], 0.0
-    losses = torch.zeros(steps, dtype=torch.float64, device=device)
-    hits = torch.zeros((), dtype=torch.int64, device=device)
-    identity = fingerprint(data)
-    if resume and os.path.exists(state_path):
-        state = models.read(state_path, "state")
-        same_run({**settings, "data": identity},
-                 {**state["settings"], "data": state["data"]}, state_path)
-        try:
-            network.load_state_dict(state["model"])
-            losses.copy_(state["losses"]), hits.copy_(state["hits"])
-        except RuntimeError:
-            raise Refused(f"{state_path}: its tensors do not fit this run; remove it") from None
-        momentum, curve, before = state["momentum"], state["curve"], state["seconds"]
-        first_epoch, first_step = state["epoch"], state["step"]
-        say(f"resuming {state_path} at epoch {first_epoch + 1}, step {first_step}")
-    network.to(device, memory_format=torch.channels_last)
-    optimizer = optimizer_of(network, settings["weight_decay"], momentum)
-    group = optimizer.param_groups[0]
-    if masks:
-        weights = dict(network.named_parameters())
-        masks = ([weights[n].data for n in masks],
-                 [torch.empty_like(weights[n].data).copy_(m) for n, m in masks.items()])
-    whole = network
-    if machine.world > 1:
-        whole = torch.nn.parallel.DistributedDataParallel(network)
-    forward = fastest(whole, machine, epochs * steps)
-    full = len(range(machine.rank, batch_size, machine.world))
-    start = time.perf_counter()
-
-    def save(path, epoch, step):
+    SQLite's lock: the standard library's only one for all systems that ends with the process."""
+    os.makedirs(folder, exist_ok=True)
+    try:
+        lock = sqlite3.connect(os.path.join(folder, ".lock"), timeout=0)
         if machine.rank == 0:
-            models.save(path, {
-                "kind": "state", "settings": settings, "data": identity, "epoch": epoch,
-                "step": step, "curve": curve, "model": dict(network.state_dict()),
-                "momentum": momentum_of(network, optimizer), "losses": losses, "hits": hits,
-                "seconds": before + time.perf_counter() - start})
-
-    with interruptible() as signals:
-        for epoch in range(first_epoch, epochs):
-            if epoch in snapshots and not first_step:
-                save(snapshot_path(state_path, epoch), epoch, 0)
-            network.train()
-            began, step = time.perf_counter(), first_step
-            for x, y, counted, weight in train_batches(data, settings["seed"], epoch, batch_size,
-                                                       machine, step):
-                group["lr"], group["momentum"] = schedule(epoch * steps + step)
-                # A last, smaller batch would be compiled anew: it takes the plain network.
-                loss, right = train_step(forward if len(y) == full else whole, optimizer, x, y,
-                                         machine, weight, masks)
-                losses[step] = loss * counted
-                hits += right * bool(counted)
-                step += 1
-                if sys.stdout.isatty() and machine.rank == 0 and step % 10 == 0:
-                    print(f"\r{epoch + 1:4d}/{epochs}  step {step}/{steps} ", end="", flush=True)
-                stopping = signals and machine.world == 1
-                if step < steps and (stopping or save_every and step % save_every == 0
-                                     and machine.world == 1):
-                    check_finite(network, losses[:step], epoch, state_path)
-                    save(state_path, epoch, step)
-                if stopping:
-                    break
-            if step == steps:
-                if machine.world > 1:
-                    torch.distributed.all_reduce(losses)
-                    torch.distributed.all_reduce(hits)
-                    for buffer in network.buffers():       # everybody evaluates the same network
-                        torch.distributed.broadcast(buffer, 0)
-                check_finite(network, losses, epoch, state_path)
-                speed = count * (steps - first_step) / steps / (time.perf_counter() - began)
-                curve.append({
-                    "epoch": epoch + 1, "lr": schedule(epoch * steps)[0],
-                    "train_loss": losses.sum().item() / count,
-                    "train_accuracy": 100 * hits.item() / count,
-                    **{f"{split}_accuracy": evaluate(network, data, machine, split)
-                       for split in ("test", "val") if len(getattr(data, split)[1])}})
-                per_epoch = (time.perf_counter() - start) / (epoch + 1 - first_epoch)
-                left = per_epoch * (epochs - epoch - 1)
-                say("\r" * sys.stdout.isatty() + describe(curve[-1], epochs) +
-                    f"  {speed:6.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
-                losses.zero_(), hits.zero_()
-                first_step = 0
-                save(state_path, epoch + 1, 0)
-            if signals:
-                say(f"interrupted: {state_path} is saved; the same command with --resume goes on")
-                raise SystemExit(128 + signals[0])
-    return curve, before + time.perf_counter() - start
-
-
-def describe(point, epochs):
-    """One epoch of a curve as a line of text."""
-    val = f"  val {point['val_accuracy']:5.2f} %" if "val_accuracy" in point else ""
-    return (f"{point['epoch']:4d}/{epochs}  lr {point['lr']:<9.4g} loss {point['train_loss']:.4f}  "
-            f"train {point['train_accuracy']:5.2f} %  test {point['test_accuracy']:5.2f} %{val}")
-
-
-class interruptible:
-    """While inside, SIGTERM and SIGINT are noted in the list it yields; a second one exits at once.
-    """
-    def __enter__(self):
-        self.seen, self.old = [], {}
-
-        def note(number, _):
-            if self.seen:
-                os._exit(128 + number)
-            self.seen.append(number)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.old[number] = signal.signal(number, note)
-        return self.seen
-
-    def __exit__(self, *_):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-
-def snapshot_path(state_path, epoch):
-    """Where the state before `epoch` of a dense run is kept for weight rewinding."""
-    return os.path.join(os.path.dirname(state_path), f"epoch-{epoch:03d}.pt")
-
-
-def same_run(wanted, found, path):
-    """Refuse, naming the settings that differ, unless two dicts of settings are equal."""
-    differ = [f"{k} (here {wanted.get(k)!r}, there {found.get(k)!r})"
-              for k in {**wanted, **found} if wanted.get(k) != found.get(k)]
-    if differ:
-        raise Refused(f"{path}: belongs to another run; it differs in {', '.join(differ)}")
-
-
-# ---- how fast ------------------------------------------------------------------------------------
-
-def matrix_peak(machine):
-    """FLOP/s of the best of ten large matrix products in the precision of training."""
-    n = 8192 if machine.cuda else 1024
-    a = torch.randn(n, n, device=machine.device,
-                    dtype=torch.bfloat16 if machine.bf16 else torch.float32)
-    return 2 * n ** 3 / min(clock(lambda: a @ a, machine) for _ in range(10))
-
-
-def clock(work, machine):
-    """Seconds that `work()` takes, device included."""
-    start = time.perf_counter()
-    work()
-    if machine.cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def plain_loop(network, data, batch_size, machine):
-    """The loop everybody writes, as the yardstick: PIL images through torchvision's transforms in a
-    DataLoader with two workers, float32, contiguous tensors, `.item()` at each step. Endless; each
-    next() is a step."""
-    from torchvision import transforms
-    transform = transforms.Compose([
-        transforms.ToPILImage(), transforms.RandomCrop(data.side, PAD),
-        transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-        transforms.Normalize(data.mean, data.std)])
-
-    def collate(items):
-        return torch.stack([transform(x) for x, _ in items]), torch.stack([y for _, y in items])
-    images, labels = (t.cpu() for t in data.train)
-    loader = torch.utils.data.DataLoader(
-        list(zip(images[:, :, PAD:-PAD, PAD:-PAD], labels)), batch_size, shuffle=True,
-        drop_last=True, num_workers=2, collate_fn=collate, pin_memory=machine.cuda)
-    network.to(machine.device).train()
-    optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=1e-4)
-    total = 0.0
-    while True:
-        for x, y in loader:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(network(x.to(machine.device)), y.to(machine.device))
-            total += loss.item()
-            loss.backward()
-            optimizer.step()
-            yield
-
-
-def benchmark(args, machine, rounds=7, steps=10):
-    """train.py --benchmark: the training step with its data, the same step on one fixed batch, and
-    the step of the plain loop, for the dense network, one with masks, and one with half of its
-    filters. All of them take turns; medians, of the ratios too."""
-    recipe = the_recipe(args)
-    data = load_data(recipe, args.data_dir or "data", machine.device)
-    size = recipe["batch_size"]
-    if isinstance(data.train[0], list):
-        raise Refused("argument --benchmark: is for images of up to "
-                      f"{LARGEST_RESIDENT} pixels, which stay on the device")
-    if len(data.train[1]) < size:
-        raise Refused(f"argument --batch-size: {size}, but there are {len(data.train[1])} images")
-
-    def endless():
-        for epoch in itertools.count():
-            for x, y, counted, _ in train_batches(data, 0, epoch, size, machine):
-                if counted == size:
-                    yield x, y
-
-    def contenders(net, masked):
-        """Three endless generators, each next() a step: with data, on a fixed batch, plain."""
-        plain = plain_loop(copy.deepcopy(net), data, size, machine)
-        net.to(machine.device, memory_format=torch.channels_last).train()
-        optimizer, masks = optimizer_of(net, recipe["weight_decay"]), None
-        if masked:
-            weights = [net.get_parameter(n).data for n in models.weight_names(net)]
-            masks = weights, [(torch.rand_like(w) < 0.1).to(w.dtype) for w in weights]
-        forward = fastest(net, machine, rounds * steps)
-
-        def ours(batches):
-            for x, y in batches:
-                yield train_step(forward, optimizer, x, y, machine, 1.0, masks)
-        return ours(endless()), ours(itertools.repeat(next(endless()))), plain
-
-    def take(steps, generator):
-        for _ in range(steps):
-            next(generator)
-
-    network = models.build(args.arch, data.classes)
-    units = models.prunable(network)
-    half = models.from_state(args.arch, data.classes, models.shrink(network.state_dict(), units, {
-        u.conv: torch.arange(network.get_submodule(u.conv).out_channels // 2) for u in units}))
-    nets = {"dense": network, "masked": copy.deepcopy(network), "half the filters": half}
-    runs = {name: contenders(net, name == "masked") for name, net in nets.items()}
-    memory, times = {}, {name: [] for name in runs}
-    for name, generators in runs.items():                          # warm up, and compile
-        if machine.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        for generator in generators[:2]:
-            take(steps, generator)
-        memory[name] = (torch.cuda.max_memory_allocated() if machine.cuda
-                        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 20
-        take(steps, generators[2])
-    for _ in range(rounds):
-        for name, (training, fixed, plain) in runs.items():
-            take(4, fixed)           # untimed, as the plain loops' workers refill their queues,
-            ours = [clock(lambda: take(steps, g), machine) for g in (training, fixed)]
-            take(4, plain)           # and what they had prepared meanwhile is no part of its time
-            times[name].append((*ours, clock(lambda: take(steps, plain), machine)))
-    peak = matrix_peak(machine)
-    say(f"{args.arch}, batch {size}, {'bf16' if machine.bf16 else 'fp32'}, {device_name(machine)}; "
-        f"matrix product peak {peak / 1e12:.2f} TFLOP/s. Images/s:\n\n"
-        "| network | training | to dense | on one fixed batch | ratio | plain loop | ratio | "
-        "step, ms | share of peak | peak memory, MiB |\n" + "|---" * 10 + "|")
-    for name, net in nets.items():
-        seconds, bound, slow = (statistics.median(t) / steps for t in zip(*times[name]))
-        to_dense, to_bound, to_plain = (
-            statistics.median(other[k] / own[0] for other, own in zip(times[who], times[name]))
-            for who, k in (("dense", 0), (name, 1), (name, 2)))
-        work = 6 * models.count(net, data.side)[1] * size         # forward and twice that backward
-        say(f"| {name} | {size / seconds:.0f} | {to_dense:.3f} | {size / bound:.0f} | "
-            f"{to_bound:.3f} | {size / slow:.0f} | {to_plain:.2f} | {1000 * seconds:.1f} | "
-            f"{work / seconds / peak:.1%} | {memory[name]:.0f} |")
+            lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as problem:
+        raise Refused(f"{folder}: another train.py or retrain.py works in this folder "
+                      f"({problem})") from None
+    with contextlib.closing(lock):
+        yield
 
 
 # ---- the dense run -------------------------------------------------------------------------------
 
-def run_folder(args):
-    return args.out or os.path.join("runs", f"{args.dataset}-{args.arch}-s{args.seed}")
-
-
 def the_recipe(args):
     """The settings of a dense run: the data set's recipe with what the command line says instead.
-    """
+
+    Its drops come at the same shares of other `epochs`: none before epoch 1, never two at once."""
     base = RECIPES[args.dataset]
-    recipe = {"dataset": args.dataset, "arch": args.arch, "seed": args.seed, "subset": args.subset,
-              "val_size": args.val_size, "pretrained": args.pretrained, "dry_run": args.dry_run}
-    for key in ("schedule", "epochs", "batch_size", "lr", "momentum", "weight_decay", "milestones"):
-        given = getattr(args, key)
-        recipe[key] = base[key] if given is None else given
+    recipe = {key: base[key] if getattr(args, key) is None else getattr(args, key) for key in
+              ("schedule", "epochs", "batch_size", "lr", "momentum", "weight_decay", "milestones")}
     if args.epochs == 0:             # the weights are torchvision's, trained by this recipe
         recipe["epochs"] = base["epochs"]
+    recipe |= {"dataset": args.dataset, "arch": args.arch, "seed": args.seed, "subset": args.subset,
+               "test_subset": None, "pretrained": args.pretrained}
     if args.dry_run:
-        recipe["epochs"] = min(recipe["epochs"], 2)
-        recipe["batch_size"] = min(recipe["batch_size"], 16)
-    if args.milestones is None or args.dry_run:      # the recipe's drops, at the same shares of T
-        recipe["milestones"] = [m * recipe["epochs"] // base["epochs"] for m in base["milestones"]]
-    elif recipe["schedule"] != "step":
-        raise Refused("argument --milestones: belongs to --schedule step, not "
-                      f"{recipe['schedule']}")
-    elif sorted(set(recipe["milestones"])) != recipe["milestones"]:
-        raise Refused("argument --milestones: must be ascending, each once")
-    elif recipe["milestones"] and recipe["milestones"][-1] >= recipe["epochs"]:
-        raise Refused(f"argument --milestones: {recipe['milestones'][-1]} is not within the "
-                      f"{recipe['epochs']} epochs of the run")
+        recipe |= {**TINY, "epochs": min(recipe["epochs"], 2)}
+    total = recipe["epochs"]
     if recipe["schedule"] != "step":
+        if args.milestones:
+            raise Refused(f"argument --milestones: belongs to --schedule step, not {args.schedule}")
         recipe["milestones"] = []
+    elif args.milestones is None:
+        scaled = {max(1, m * total // base["epochs"]) for m in base["milestones"]}
+        recipe["milestones"] = sorted(m for m in scaled if m < total)
+    elif args.milestones != sorted({m for m in args.milestones if m < total}):
+        raise Refused(f"argument --milestones: must ascend, below the {total} epochs of the run")
     return recipe
 
 
-def summary(network, side):
-    """Parameters and MACs as one phrase."""
-    parameters, macs = models.count(network, side)
-    return f"{parameters:,} parameters, {macs:,} MACs"
-
-
-def check_batch(network, data, batch_size):
-    """Refuse images that the network cannot take, and a last batch of one where its batch norm
-    would have one value for each channel (VGG's Linear layers; small images): that cannot train."""
-    count = len(data.train[1])
-    shadow = copy.deepcopy(network).to("meta")
-    for size in {min(count, batch_size), count % batch_size or batch_size}:
-        try:
-            shadow(torch.empty(size, 3, data.side, data.side, device="meta"))
-        except ValueError:
-            raise Refused(f"argument --batch-size: {count} images in batches of {batch_size} leave "
-                          "a last batch of one, on which this network's batch norm cannot "
-                          "train") from None
-        except RuntimeError:
-            raise Refused(f"argument --arch: this network cannot take images of {data.side} x "
-                          f"{data.side} pixels") from None
-
-
-def evaluate_file(args, machine):
-    """train.py --evaluate: the test accuracy of any checkpoint."""
-    checkpoint = models.read(args.evaluate, "dense", "pruned", "retrained")
-    network = models.restore(checkpoint, args.evaluate).to(machine.device)
-    data = load_data(checkpoint["recipe"], args.data_dir or checkpoint["data_dir"], machine.device,
-                     args.dry_run, checkpoint, training=False)
-    say(f"{args.evaluate}: test {evaluate(network, data, machine):.2f} %, "
-        f"{summary(network, checkpoint['side'])}")
-
-
-def pretrained(arch, classes):
-    """torchvision's ImageNet network, always the V1 weights: DEFAULT is V2 for ResNet-50, trained
-    with another recipe (80.86 against 76.13 %)."""
+def initial(recipe, classes):
+    """The network a dense run starts from: fresh, or torchvision's with --pretrained, always the V1
+    weights: DEFAULT is V2 for ResNet-50, trained with another recipe (80.86 against 76.13 %)."""
+    arch = recipe["arch"]
+    if not recipe["pretrained"]:
+        return models.build(arch, classes, recipe["seed"])
     from torchvision.models import get_model
     if arch not in models.IMAGENET or classes != 1000:
         raise Refused("argument --pretrained: torchvision has weights of "
@@ -914,112 +607,139 @@ def pretrained(arch, classes):
                       f"({problem})") from None
 
 
-def train(args):
+def summary(network, side):
+    """Parameters and MACs as one phrase."""
+    parameters, macs = models.count(network, side)
+    return f"{parameters:,} parameters, {macs:,} MACs"
+
+
+def train(args, machine):
     """The dense run: writes dense.pt, and the snapshots that weight rewinding needs."""
-    machine = the_machine(args)
-    if args.evaluate:
-        return evaluate_file(args, machine)
-    if args.benchmark:
-        return benchmark(args, machine)
-    recipe, folder = the_recipe(args), run_folder(args)
-    target, state_path = os.path.join(folder, "dense.pt"), os.path.join(folder, "dense.state.pt")
-    settings = {**recipe, "precision": "bf16" if machine.bf16 else "fp32"}
-    if os.path.exists(target):
-        done = models.read(target, "dense")
-        if not done["recipe"]["dry_run"]:            # a dry run may be overwritten, a real one not
-            same_run(settings, done["settings"], target)
-            if not args.resume:
-                raise Refused(f"{target}: this run is finished; --resume shows its result, --out "
-                              "names another folder")
-            say(f"{target}: finished, test {done['test_accuracy']:.2f} %")
-            return None
-    if os.path.exists(state_path) and not args.resume:
-        raise Refused(f"{state_path}: an interrupted run is here; --resume goes on with it")
+    recipe, data_dir = the_recipe(args), args.data_dir or "data"
+    folder = args.out or (f"runs/{args.dataset}-{args.arch}-s{args.seed}" + "-dry" * args.dry_run)
+    target, state = os.path.join(folder, "dense.pt"), os.path.join(folder, "dense.state.pt")
     with torch.device("meta"):
         models.build(args.arch, 10)                  # refuses unknown names before data are loaded
-    data_dir = args.data_dir or "data"
-    data = load_data(recipe, data_dir, machine.device, args.dry_run)
-    network = (pretrained(args.arch, data.classes) if args.pretrained
-               else models.build(args.arch, data.classes, recipe["seed"]))
-    check_batch(network, data, recipe["batch_size"])
-    counts = models.count(network, data.side)
-    say(f"{args.arch} on {args.dataset} ({len(data.train[1])} training, {len(data.test[1])} test "
-        f"images, {data.classes} classes): {summary(network, data.side)}; {machine.device}, "
-        f"{settings['precision']}")
-    every = args.snapshot_every or max(1, recipe["epochs"] // 18)
-    keep = range(recipe["epochs"] % every, recipe["epochs"], every) if args.epochs != 0 else ()
-    if machine.rank == 0:
-        os.makedirs(folder, exist_ok=True)
-    steps = math.ceil(len(data.train[1]) / recipe["batch_size"])
-    curve, seconds = [], 0.0
-    if args.epochs != 0:
-        curve, seconds = fit(network, data, schedules.dense(recipe, steps), settings, machine,
-                             state_path, resume=args.resume, save_every=args.save_every,
-                             snapshots=keep)
-    accuracy = (curve[-1]["test_accuracy"] if curve
-                else evaluate(network.to(machine.device), data, machine))
-    if machine.rank == 0:
-        models.save(target, {
-            "kind": "dense", "arch": args.arch, "classes": data.classes, "side": data.side,
-            "mean": data.mean, "std": data.std, "data_dir": data_dir, "recipe": recipe,
-            "settings": settings, "test_accuracy": accuracy, "dense_test_accuracy": accuracy,
-            "dense_params": counts[0], "dense_macs": counts[1], "curve": curve, "seconds": seconds,
-            "device": device_name(machine), "torch": str(torch.__version__),
-            "model": dict(network.state_dict())})
-        if os.path.exists(state_path):
-            os.remove(state_path)
-    kept = f" and {len(keep)} snapshots for weight rewinding" if len(keep) else ""
-    say(f"test {accuracy:.2f} % after {len(curve)} epochs, {seconds:.0f} s. Wrote {target}{kept}. "
-        f"Next: python prune.py {target}")
-
-
-def device_name(machine):
-    """The hardware's own name, for the record."""
-    if machine.cuda:
-        return torch.cuda.get_device_name(machine.device)
+    data = load_data(recipe, data_dir, machine.device)
+    settings = {**recipe, "precision": "bf16" if machine.bf16 else "fp32",
+                "data": fingerprint(data)}
+    network = initial(recipe, data.classes)
     try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file
-                     if line.startswith("model name")]
-        return f"{names[0]}, {torch.get_num_threads()} threads"
-    except (OSError, IndexError):
-        return "cpu"
+        counts = models.count(network, data.side)
+    except RuntimeError:
+        raise Refused(f"argument --arch: {args.arch} cannot take images of {data.side} pixels"
+                      ) from None
+    with working_in(folder, machine):
+        if os.path.exists(target):
+            done = models.read(target, "dense")
+            same_run(settings, done["settings"], target)
+            if machine.rank == 0 and os.path.exists(state):
+                os.remove(state)
+            return say(f"{target}: done already, test {done['test_accuracy']:.2f} %")
+        at = f", x0.1 at {' '.join(map(str, recipe['milestones']))}" * bool(recipe["milestones"])
+        say(f"{args.arch} on {args.dataset} ({len(data.train[1])} training, {len(data.test[1])} "
+            f"test images, {data.classes} classes): {summary(network, data.side)}; "
+            f"{recipe['epochs']} epochs{at}; {machine.device}, {settings['precision']}")
+        every = args.snapshot_every or max(1, recipe["epochs"] // 18)
+        keep = range(recipe["epochs"] % every or every, recipe["epochs"], every)
+        steps = math.ceil(len(data.train[1]) / recipe["batch_size"])
+        curve, seconds = [], 0.0
+        if args.epochs == 0:
+            accuracy = evaluate(network.to(machine.device), data, machine)
+        else:
+            for curve, seconds in fit(network, data, schedules.dense(recipe, steps), settings,
+                                      machine, state, keep=keep):
+                left = seconds / len(curve) * (recipe["epochs"] - len(curve))
+                say(f"{describe(curve[-1], recipe['epochs'])}  {clock(left)} left")
+            accuracy = curve[-1]["test_accuracy"]
+        if machine.rank == 0:
+            models.save(target, {
+                "kind": "dense", "arch": args.arch, "classes": data.classes, "side": data.side,
+                "mean": data.mean, "std": data.std, "data_dir": data_dir, "recipe": recipe,
+                "settings": settings, "test_accuracy": accuracy, "dense_test_accuracy": accuracy,
+                "dense_params": counts[0], "dense_macs": counts[1], "curve": curve,
+                "seconds": seconds, **provenance(machine.device), "model": network.state_dict()})
+            if curve:
+                os.remove(state)
+        say(f"test {accuracy:.2f} % after {len(curve)} epochs, {seconds:.0f} s. Wrote {target}. "
+            f"Next: python prune.py {target}")
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+def parser(doc, files=""):
+    return argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False,
+                                   usage=f"%(prog)s {files}[flags]")
+
+
+def machine_flags(flags):
+    """The flags with which train.py, prune.py and retrain.py say where and how to compute."""
+    add = flags.add_argument_group("machine").add_argument
+    add("--data-dir", metavar="DIR", help="images (default: data, or as in the checkpoint)")
+    add("--device", help="default: the GPU that torch finds, else cpu")
+    add("--precision", choices=("bf16", "fp32"),
+        help="default: bf16 on a CUDA GPU that has it, else fp32")
+    add("--compile", action="store_true", help="use torch.compile (default: off)")
+    add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count() or 1), metavar="N",
+        help="processes that decode large images (default %(default)s)")
+    add("--deterministic", action="store_true", help="same bits on a GPU too (default: off)")
+    add("--dry-run", action="store_true",
+        help="seconds, on 16 images, in a folder of its own, runs/…-dry (default: off)")
+
+
+def command(main):
+    """Run `main()`; turn input that cannot be used, and a disk that fails, into one line, status 2.
+    Ctrl-C ends it with status 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")        # a file's name may be any bytes
+    try:
+        main()
+    except (Refused, OSError) as problem:
+        text = " ".join(str(problem).split())
+        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from here")
+        raise SystemExit(130) from None
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def main(argv=None):
-    flags = schedules.parser(__doc__)
-    flags.add_argument("--dataset", choices=RECIPES, default="shapes")
-    flags.add_argument("--arch", default="resnet8", help="resnet8, resnet20 … (6n+2), vgg16, "
-                       "resnet18, resnet34, resnet50 (torchvision's)")
-    flags.add_argument("--epochs", type=number(int, 0, 1e6), metavar="T")
-    flags.add_argument("--batch-size", type=number(int, 2), metavar="B")
-    flags.add_argument("--schedule", choices=schedules.DENSE,
-                       help="of the dense run (default step)")
-    schedules.recipe_flags(flags)
-    flags.add_argument("--weight-decay", type=number(float, 0))
-    flags.add_argument("--subset", type=number(int, 1),
-                       help="train on a fixed, class-balanced part")
-    flags.add_argument("--val-size", type=number(int, 0), default=0,
-                       help="hold out so many training images and report them too")
-    flags.add_argument("--seed", type=number(int, 0), default=0)
-    flags.add_argument("--out", type=schedules.path, metavar="DIR",
-                       help="default: runs/<dataset>-<arch>-s<seed>")
-    flags.add_argument("--pretrained", action="store_true",
-                       help="start from torchvision's V1 weights (--epochs 0: only evaluate and "
-                            "write)")
-    flags.add_argument("--snapshot-every", type=number(int, 1), metavar="K",
-                       help="keep the weights K, 2K, … epochs before the end, for weight rewinding "
-                            "(default T/18: the paper's budgets)")
-    flags.add_argument("--evaluate", type=schedules.path, metavar="CHECKPOINT",
-                       help="only evaluate this file")
-    flags.add_argument("--benchmark", action="store_true", help="only measure the speed of a step")
-    loop_flags(flags)
+    flags = parser(__doc__)
+    add = flags.add_argument_group("run").add_argument
+    add("--dataset", choices=RECIPES, default="shapes", help="default %(default)s")
+    add("--arch", default="resnet8", metavar="NAME", help="resnet8, resnet20 … (6n+2), vgg16, "
+        "resnet18/34/50 (torchvision's); default %(default)s")
+    add("--seed", type=number(int, 0), default=0, help="default %(default)s")
+    add("--subset", type=number(int, 1), metavar="N",
+        help="train on a fixed, class-balanced part (default: all)")
+    add("--out", metavar="DIR", help="default: runs/<dataset>-<arch>-s<seed>")
+    add("--pretrained", action="store_true", help="start from torchvision's V1 weights (--epochs "
+        "0: only evaluate and write; default: fresh weights)")
+    add("--evaluate", metavar="CHECKPOINT", help="only evaluate this file (default: train)")
+    add = flags.add_argument_group("method (default: the data set's recipe)").add_argument
+    add("--epochs", type=number(int, 0, 10 ** 6), metavar="T")
+    add("--batch-size", type=number(int, 2), metavar="B")
+    add("--schedule", choices=schedules.DENSE)
+    add("--milestones", type=number(int, 1), nargs="*", metavar="E", help="its x0.1 drops (step)")
+    add("--lr", type=number(float, 1e-9), help="its largest value, LR_max")
+    add("--momentum", type=number(float, 0, 1, below=True))
+    add("--weight-decay", type=number(float, 0))
+    add("--snapshot-every", type=number(int, 1), metavar="K",
+        help="keep the state K, 2K, … epochs before the end, for weight_rewind (default T/18)")
     machine_flags(flags)
     args = flags.parse_args(argv)
     if args.epochs == 0 and not args.pretrained:
-        raise Refused("argument --epochs: 0 needs --pretrained")
-    train(args)
+        flags.error("argument --epochs: 0 needs --pretrained")
+    machine = the_machine(args)
+    if not args.evaluate:
+        return train(args, machine)
+    checkpoint = models.read(args.evaluate, "dense", "pruned", "retrained")
+    network, data = models.restore(checkpoint), data_for(checkpoint, args, machine)
+    accuracy = evaluate(network.to(machine.device), data, machine)
+    say(f"{args.evaluate}: test {accuracy:.2f} %, {summary(network, data.side)}")
 
 
 if __name__ == "__main__":
-    schedules.command(main)
+    command(main)
