@@ -341,8 +341,7 @@ def main(argv=None):
     add = flags.add_argument_group("run").add_argument
     add("checkpoint", nargs="*", metavar="CHECKPOINT", help="runs/shapes-resnet8-s0/dense.pt")
     add("--out", metavar="FILE", help="default: beside the checkpoint, named by the method")
-    add("--seed", type=number(int, 0), default=0, metavar="S",
-        help="of random, and of the calibration images (default %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of random and of the images (default 0)")
     add = flags.add_argument_group("method").add_argument
     add("--method", nargs="+", choices=METHODS, default=["magnitude", "random"], metavar="NAME",
         help=f"{' '.join(METHODS)} (default magnitude random)")
@@ -350,11 +349,11 @@ def main(argv=None):
     add("--sparsity", nargs="+", type=number(float, 0, 1, below=True), metavar="P",
         help="share to remove (default 0.5); filters: one, or one for each stage")
     add("--plan", choices=("A", "B", "C", "D", "I"), help="the paper's, for filters (default none)")
-    add("--scope", choices=("layer", "global"),
-        help="rank within a layer (default for filters) or all together (default for weights)")
+    add("--scope", choices=("layer", "global"), help="what is ranked together (default: filters in "
+        "their layer, weights globally)")
     add("--include-linear", action="store_true", help="weights: Linear layers too (default: no)")
     add("--calibration-images", type=number(int, 1), default=640, metavar="N",
-        help="training images for taylor, obd and hrank (default %(default)s)")
+        help="for taylor, obd and hrank (default 640)")
     train.machine_flags(flags)
     run(flags.parse_args(argv), flags)
 

@@ -129,8 +129,8 @@ def retrain(run, round, checkpoint, data, args, machine, send):
             run.schedule, settings["epochs"], steps, checkpoint["recipe"], settings["lr"],
             settings["end_lr"], args.cycle_momentum, checkpoint["distance"], checkpoint["removed"])
         for curve, seconds in train.fit(
-                network, data, schedule, {**settings, "data": checkpoint["settings"]["data"]}, machine,
-                state, masks, momentum):
+                network, data, schedule, {**settings, "data": checkpoint["settings"]["data"]},
+                machine, state, masks, momentum):
             send("epoch", name, curve[-1], settings["epochs"])
         if machine.rank == 0:
             models.save(target, {
@@ -598,10 +598,8 @@ def main(argv=None):
     flags = train.parser(__doc__, "[PRUNED ...] ")
     add = flags.add_argument_group("run").add_argument
     add("checkpoint", nargs="*", metavar="PRUNED", help="default: all of the default run")
-    add("--seed", nargs="+", type=number(int, 0), default=[0, 1, 2], metavar="S",
-        help="default 0 1 2")
-    add("--jobs", type=number(int, 1, 1024), metavar="N", help="runs at once, each with its share "
-        "of the cores (default: as many as cores; on a GPU 1)")
+    add("--seed", nargs="+", type=number(int, 0), default=[0, 1, 2], help="default 0 1 2")
+    add("--jobs", type=number(int, 1, 1024), help="runs at once (default: cores; on a GPU 1)")
     add("--report", nargs="+", metavar="DIR", help="only make DIR/report.md again, from the rows")
     add = flags.add_argument_group("method").add_argument
     add("--schedule", nargs="+", choices=EVERY, default=DEFAULT, metavar="NAME",

@@ -189,18 +189,15 @@ def blocks(values, width=60):
 def main(argv=None):
     flags = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--epochs", type=number(int, 1, 10_000), default=72, metavar="t",
-                       help="budget (default %(default)s)")
-    flags.add_argument("--dense-epochs", type=number(int, 1, 10_000), default=160, metavar="T",
-                       help="of the dense run, as all that follows (default %(default)s)")
-    flags.add_argument("--schedule", choices=DENSE, default="step", help="default %(default)s")
-    flags.add_argument("--milestones", type=number(int, 1), nargs="*", metavar="E",
-                       default=[80, 120], help="epochs of the x0.1 drops (default 80 120)")
-    flags.add_argument("--lr", type=number(float, 1e-9), default=0.1, help="default %(default)s")
-    flags.add_argument("--momentum", type=number(float, 0, 1, below=True), default=0.9,
-                       help="default %(default)s")
-    flags.add_argument("--steps-per-epoch", type=number(int, 1), default=782, metavar="S",
-                       help="default %(default)s")
+    add = flags.add_argument
+    add("--epochs", type=number(int, 1, 10_000), default=72, help="budget t (default 72)")
+    add("--dense-epochs", type=number(int, 1, 10_000), default=160, help="T (default 160)")
+    add("--schedule", choices=DENSE, default="step", help="of the dense run (default step)")
+    add("--milestones", type=number(int, 1), nargs="*", default=[80, 120],
+        help="epochs of its x0.1 drops (default 80 120)")
+    add("--lr", type=number(float, 1e-9), default=0.1, help="its largest (default 0.1)")
+    add("--momentum", type=number(float, 0, 1, below=True), default=0.9, help="default 0.9")
+    add("--steps-per-epoch", type=number(int, 1), default=782, help="default 782")
     args = flags.parse_args(argv)
     recipe = {"schedule": args.schedule, "epochs": args.dense_epochs, "lr": args.lr,
               "milestones": args.milestones, "momentum": args.momentum}

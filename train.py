@@ -336,7 +336,7 @@ def split_of(name, data_dir, training):
     """(images, labels, class names) of a data set's training or test images: uint8 (n, 3, 32, 32),
     or a list of file paths."""
     if name == "shapes":
-        images, labels = shapes(*((4000, 0) if training else (2000, 1)))
+        images, labels = shapes(*((3000, 0) if training else (2000, 1)))
         return images, labels.numpy(), list(range(10))
     from torchvision import datasets
     if name in ("cifar10", "cifar100"):
@@ -403,10 +403,9 @@ def statistics_of(images):
     return mean, (share @ level ** 2 - torch.tensor(mean) ** 2).clamp(min=1e-4).sqrt().tolist()
 
 
-def load_data(recipe, data_dir, device, checkpoint=None):
+def load_data(recipe, data_dir, device):
     """The data set recipe["dataset"], with recipe["subset"] training and recipe["test_subset"] test
-    images (None: all), as `Data`. checkpoint: one whose classes, size and normalisation hold.
-    Raises Refused where the folder, its images or the wanted sizes do not fit."""
+    images (None: all), as `Data`. Raises Refused where the folder or its images do not fit."""
     splits, names = [], []
     for training, wanted in ((True, recipe["subset"]), (False, recipe["test_subset"])):
         images, labels, classes = split_of(recipe["dataset"], data_dir, training)
@@ -424,13 +423,7 @@ def load_data(recipe, data_dir, device, checkpoint=None):
     if odd or sides[0] != sides[1]:   # as many classes, but others: labels would be silently wrong
         raise Refused(f"argument --data-dir: {data_dir}: training and test images differ, in "
                       f"{f'class {odd[0]!r}' if odd else f'their {sides} pixels'}")
-    known = checkpoint and (checkpoint["classes"], checkpoint["side"])
-    if known and known != (len(names[0]), sides[0]):
-        raise Refused(f"argument --data-dir: {len(names[0])} classes of {sides[0]} pixels, but the "
-                      f"checkpoint's network knows {known[0]} classes of {known[1]} pixels")
-    if checkpoint:
-        mean, std = checkpoint["mean"], checkpoint["std"]
-    elif recipe["dataset"] in ("cifar10", "cifar100"):
+    if recipe["dataset"] in ("cifar10", "cifar100"):
         mean, std = CIFAR_STATISTICS
     else:
         mean, std = IMAGENET_STATISTICS if large else statistics_of(splits[0][0])
@@ -444,18 +437,17 @@ _loaded = {}
 
 
 def data_for(checkpoint, args, machine):
-    """The `Data` of a checkpoint, loaded once for all in a row that share them."""
+    """The `Data` of a checkpoint, loaded once for all in a row that share them. Raises Refused if
+    they are not what its network was trained on."""
+    recipe, known = checkpoint["recipe"], checkpoint["settings"]["data"]
     data_dir = args.data_dir or checkpoint["data_dir"]
-    key = json.dumps([data_dir, checkpoint["settings"]["data"],
-                      *(checkpoint[k] for k in ("classes", "side", "mean", "std")),
-                      *(checkpoint["recipe"][k] for k in ("dataset", "subset", "test_subset"))])
+    key = data_dir, known, recipe["test_subset"]
     if key not in _loaded:
+        data = load_data(recipe, data_dir, machine.device)
+        if fingerprint(data) != known:
+            raise Refused(f"argument --data-dir: {data_dir} holds {fingerprint(data)}, but the "
+                          f"network was trained on {known}")
         _loaded.clear()
-        data = load_data(checkpoint["recipe"], data_dir, machine.device, checkpoint)
-        found, known = fingerprint(data), checkpoint["settings"]["data"]
-        if found != known:
-            raise Refused(f"argument --data-dir: {data_dir} holds {found}, but the network was "
-                          f"trained on {known}")
         _loaded[key] = data
     return _loaded[key]
 
@@ -675,16 +667,13 @@ def parser(doc, files=""):
 def machine_flags(flags):
     """The flags with which train.py, prune.py and retrain.py say where and how to compute."""
     add = flags.add_argument_group("machine").add_argument
-    add("--data-dir", metavar="DIR", help="images (default: data, or as in the checkpoint)")
+    add("--data-dir", help="the images (default: data, or as in the checkpoint)")
     add("--device", help="default: the GPU that torch finds, else cpu")
-    add("--precision", choices=("bf16", "fp32"),
-        help="default: bf16 on a CUDA GPU that has it, else fp32")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on a CUDA GPU with it, or fp32")
     add("--compile", action="store_true", help="use torch.compile (default: off)")
-    add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count() or 1), metavar="N",
-        help="processes that decode large images (default %(default)s)")
+    add("--workers", type=number(int, 0, 256), default=2, help="to decode large images (default 2)")
     add("--deterministic", action="store_true", help="same bits on a GPU too (default: off)")
-    add("--dry-run", action="store_true",
-        help="seconds, on 16 images, in a folder of its own, runs/…-dry (default: off)")
+    add("--dry-run", action="store_true", help="16 images, in runs/…-dry: seconds (default: off)")
 
 
 def command(main):
@@ -708,26 +697,24 @@ def command(main):
 def main(argv=None):
     flags = parser(__doc__)
     add = flags.add_argument_group("run").add_argument
-    add("--dataset", choices=RECIPES, default="shapes", help="default %(default)s")
-    add("--arch", default="resnet8", metavar="NAME", help="resnet8, resnet20 … (6n+2), vgg16, "
-        "resnet18/34/50 (torchvision's); default %(default)s")
-    add("--seed", type=number(int, 0), default=0, help="default %(default)s")
-    add("--subset", type=number(int, 1), metavar="N",
-        help="train on a fixed, class-balanced part (default: all)")
+    add("--dataset", choices=RECIPES, default="shapes", help="default shapes, which are generated")
+    add("--arch", default="resnet8", help="resnet8, resnet20 … (6n+2), vgg16, resnet18, resnet34, "
+        "resnet50 (default resnet8)")
+    add("--seed", type=number(int, 0), default=0, help="default 0")
+    add("--subset", type=number(int, 1), help="train on a class-balanced part (default: all)")
     add("--out", metavar="DIR", help="default: runs/<dataset>-<arch>-s<seed>")
-    add("--pretrained", action="store_true", help="start from torchvision's V1 weights (--epochs "
-        "0: only evaluate and write; default: fresh weights)")
+    add("--pretrained", action="store_true", help="torchvision's V1 weights (default: fresh ones)")
     add("--evaluate", metavar="CHECKPOINT", help="only evaluate this file (default: train)")
     add = flags.add_argument_group("method (default: the data set's recipe)").add_argument
-    add("--epochs", type=number(int, 0, 10 ** 6), metavar="T")
-    add("--batch-size", type=number(int, 2), metavar="B")
+    add("--epochs", type=number(int, 0, 10 ** 6), help="T (0: keep the --pretrained weights)")
+    add("--batch-size", type=number(int, 2))
     add("--schedule", choices=schedules.DENSE)
-    add("--milestones", type=number(int, 1), nargs="*", metavar="E", help="its x0.1 drops (step)")
+    add("--milestones", type=number(int, 1), nargs="*", help="epochs of its x0.1 drops (step)")
     add("--lr", type=number(float, 1e-9), help="its largest value, LR_max")
     add("--momentum", type=number(float, 0, 1, below=True))
     add("--weight-decay", type=number(float, 0))
     add("--snapshot-every", type=number(int, 1), metavar="K",
-        help="keep the state K, 2K, … epochs before the end, for weight_rewind (default T/18)")
+        help="for weight_rewind: keep the state K, 2K, … epochs before the end (default T/18)")
     machine_flags(flags)
     args = flags.parse_args(argv)
     if args.epochs == 0 and not args.pretrained:
