@@ -188,7 +188,8 @@ def describe(point, epochs):
 
 
 def clock(seconds):
-    return f"{seconds // 3600:.0f}:{seconds // 60 % 60:02.0f}:{seconds % 60:02.0f}"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 # ---- batches -------------------------------------------------------------------------------------
