@@ -872,7 +872,7 @@ def test_bad_input_is_one_line_and_changes_nothing(tmp_path, monkeypatch):
 def four_runs(folder, jobs):
     command(folder, "slr")
     return ["retrain", folder / "run/filters.pt", folder / "run/weights.pt", "--seed", 1,
-            "--schedule", "one_cycle", "finetune", "--epochs", 3, "--jobs", jobs]
+            "--schedule", "one_cycle", "finetune", "--epochs", 9, "--jobs", jobs]
 
 
 def train_and_retrain(folder):         # batches of 7 and 3 images: uneven, too few to share out
@@ -922,13 +922,13 @@ def test_torchrun_computes_what_one_process_computes(torchrun, monkeypatch):
 
 def test_two_workers_and_a_killed_parent_end_with_the_rows_of_one_process(tmp_path, monkeypatch):
     process = begin("-c", FORKED, *four_runs(tmp_path, 2))
-    assert any(" 1/3 " in line for line in process.stdout)
+    assert any(" 1/9 " in line for line in process.stdout)
     process.kill()
     process.communicate(timeout=300)            # the output ends when all who can write have ended
     assert list(tmp_path.glob("run/*.state.pt"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = ok(*four_runs(tmp_path, 2))
-    assert 1 < out.count(" 3/3 ") <= 4 and content(tmp_path / "run") == undisturbed(four_runs, 1)
+    assert 1 < out.count(" 9/9 ") <= 4 and content(tmp_path / "run") == undisturbed(four_runs, 1)
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path):
