@@ -262,6 +262,13 @@ def calibration_of(how, data, machine):
     return tuple(torch.cat(parts) for parts in zip(*batches))
 
 
+def prune_and_test(checkpoint, how, data, machine):
+    """(the checkpoint pruned, with its test accuracy; its network, on the device)."""
+    pruned = prune(checkpoint, how, calibration_of(how, data, machine))
+    network = models.restore(pruned).to(machine.device)
+    return {**pruned, "test_accuracy": train.evaluate(network, data, machine)}, network
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 def label(how):
@@ -326,9 +333,7 @@ def run(args, flags):
     for source, how, target in todo:
         checkpoint = checkpoints[source]
         data = train.data_for(checkpoint, args, machine)
-        pruned = prune(checkpoint, how, calibration_of(how, data, machine))
-        network = models.restore(pruned).to(machine.device)
-        pruned["test_accuracy"] = train.evaluate(network, data, machine)
+        pruned, network = prune_and_test(checkpoint, how, data, machine)
         models.save(target, pruned)
         written.append(target)
         say(f"{source}: test {checkpoint['test_accuracy']:.2f} %; {label(how)}: test "

@@ -152,9 +152,7 @@ def rounds(run, args, machine, send):
     for round in range(1, args.rounds + 1):
         if round > 1:
             how = {**how, "sparsity": later(checkpoint["pruning"], round)}
-            pruned = prune.prune(models.read(target), how, prune.calibration_of(how, data, machine))
-            network = models.restore(pruned).to(machine.device)
-            pruned["test_accuracy"] = train.evaluate(network, data, machine)
+            pruned, _ = prune.prune_and_test(models.read(target), how, data, machine)
         target = retrain(run, round, pruned if round > 1 else checkpoint, data, args, machine, send)
         send("row", target)
 

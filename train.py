@@ -501,7 +501,7 @@ def the_machine(args, place=None):
     if gpus and device.type != "cpu" and device.index is None:
         torch.accelerator.set_device_index((local if place is None else place) % gpus)
     # glibc hands every large tensor's memory back and faults it in again: a tenth of a CPU's step.
-    with contextlib.suppress(OSError, TypeError, AttributeError):                # not on this system
+    with contextlib.suppress(OSError, TypeError, AttributeError):        # another system's library
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 << 20), libc.mallopt(-1, 2 ** 31 - 1)    # M_MMAP_, M_TRIM_THRESHOLD
     cuda = device.type == "cuda"
@@ -670,7 +670,8 @@ def machine_flags(flags):
     add = flags.add_argument_group("machine").add_argument
     add("--data-dir", help="the images (default: data, or as in the checkpoint)")
     add("--device", help="default: the GPU that torch finds, else cpu")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on a CUDA GPU with it, or fp32")
+    add("--precision", choices=("bf16", "fp32"),
+        help="default: bf16 on a CUDA GPU with it, else fp32")
     add("--compile", action="store_true", help="use torch.compile (default: off)")
     add("--workers", type=number(int, 0, 256), default=2, help="to decode large images (default 2)")
     add("--deterministic", action="store_true", help="same bits on a GPU too (default: off)")
