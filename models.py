@@ -3,9 +3,8 @@
     import models
     network = models.load("runs/shapes-resnet8-s0/filters-magnitude-0.5.pt")  # true size, eval mode
 
-A filter-pruned network needs no description: the shapes of its tensors are its description
-(`resize`). Removing filters is therefore an operation on a state dict, tensors by name (`shrink`),
-and serves weights, rewound weights and their momentum alike.
+A filter-pruned network is described by the shapes of its tensors (`resize`). So removing filters is
+an operation on a state dict (`shrink`), and serves weights, rewound weights and momentum alike.
 """
 import copy
 import hashlib
@@ -23,37 +22,29 @@ from schedules import Refused
 
 FORMAT = 2                                                  # of checkpoints and of result rows
 IMAGENET = ("resnet18", "resnet34", "resnet50")             # torchvision's
-PRUNABLE_CONVS = {"BasicBlock": 1, "Bottleneck": 2}         # of a residual block, the first ones
+PRUNABLE_CONVS = {"BasicBlock": 1, "Bottleneck": 2}         # the first ones of a residual block
 
 
 # ---- networks ------------------------------------------------------------------------------------
 
-class Shortcut(nn.Module):
-    """Parameter-free shortcut (He 2016, option A): every second pixel, missing channels zero.
-
-    The gradient flows through it; in the paper's published code it is detached by mistake.
-    """
-    def __init__(self, extra):
-        super().__init__()
-        self.extra = extra
-
-    def forward(self, x):
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.extra))
-
-
 class BasicBlock(nn.Module):
-    """Two 3x3 convs and the shortcut (He 2016), with torchvision's names for its parts."""
+    """Two 3x3 convs and the shortcut (He 2016), with torchvision's names for its parts.
+
+    The shortcut has no parameters (option A): every second pixel, missing channels zero. The
+    gradient flows through it; in the paper's published code it is detached by mistake."""
     def __init__(self, width, out):
         super().__init__()
-        self.conv1 = nn.Conv2d(width, out, 3, 1 if width == out else 2, padding=1, bias=False)
+        self.extra = out - width
+        self.conv1 = nn.Conv2d(width, out, 3, 2 if self.extra else 1, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out)
-        self.shortcut = nn.Identity() if width == out else Shortcut(out - width)
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x), inplace=True)
+        if self.extra:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.extra))
+        return F.relu(self.bn2(self.conv2(y)) + x, inplace=True)
 
 
 class CifarResNet(nn.Module):
@@ -77,6 +68,10 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class VGG(nn.Sequential):
+    """What `vgg16` returns, so that `prunable` knows its wiring."""
+
+
 def vgg16(classes):
     """VGG-16 with batch norm for 32x32 images: 13 conv (no bias), Linear 512, BN, ReLU, Linear."""
     layers, width = [], 3
@@ -88,8 +83,8 @@ def vgg16(classes):
             layers += [nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out),
                        nn.ReLU()]
             width = out
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(),
-                         nn.Linear(512, classes))
+    return VGG(*layers, nn.Flatten(), nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(),
+               nn.Linear(512, classes))
 
 
 def build(arch, classes, seed=0):
@@ -110,9 +105,8 @@ def build(arch, classes, seed=0):
 
 
 def initialise(network, seed):
-    """He initialisation, in place: conv weights normal with std sqrt(2 / (k*k*out)), as He 2016;
-    BN at identity; Linear as torch. A function of the seed and of how the tensors lie in memory,
-    whatever was drawn before."""
+    """He initialisation, in place: conv weights normal with std sqrt(2 / (k*k*out)), as He 2016; BN
+    at identity; Linear as torch. A function of the seed, whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in network.modules():
@@ -124,37 +118,24 @@ def initialise(network, seed):
 
 
 def resize(network, state):
-    """Give `network`, in place, the tensors of `state` and therefore their widths; eval mode.
+    """Give `network`, in place, the tensors of `state` and so their widths; returns it in eval mode.
 
-    state: {name: tensor} as of `network.state_dict()`, filters taken out by `shrink`. Returns it.
-    """
-    for name, module in network.named_modules():
-        weight = state.get(f"{name}.weight")
-        if weight is None:
-            continue
-        for key, value in [*module.named_parameters(recurse=False),
-                           *module.named_buffers(recurse=False)]:
-            empty = torch.empty_like(state[f"{name}.{key}"], device="meta")
-            setattr(module, key, nn.Parameter(empty) if isinstance(value, nn.Parameter) else empty)
-        if isinstance(module, nn.Conv2d):
-            module.out_channels, module.in_channels = weight.shape[:2]
-        elif isinstance(module, nn.Linear):
-            module.out_features, module.in_features = weight.shape
-        else:
-            module.num_features = len(weight)
-    network.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
+    state: {name: tensor} as of `network.state_dict()`, filters taken out by `shrink`."""
+    for name, value in state.items():
+        where, _, key = name.rpartition(".")
+        module, value = network.get_submodule(where), value.clone()
+        setattr(module, key, nn.Parameter(value) if key in ("weight", "bias") else value)
+        if key == "weight" and isinstance(module, nn.Conv2d):
+            module.out_channels, module.in_channels = value.shape[:2]
+        elif key == "weight" and isinstance(module, nn.Linear):
+            module.out_features, module.in_features = value.shape
+        elif key == "weight":
+            module.num_features = len(value)
     return network.eval()
 
 
-def from_state(arch, classes, state):
-    """The network `arch` with the tensors of `state`, in eval mode (see `resize`)."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        network = build(arch, classes)
-    return resize(network, state)
-
-
 def count(network, side):
-    """(parameters, MACs): MACs are the conv and linear multiply-adds of one side x side image."""
+    """(parameters, MACs): the conv and linear multiply-adds of one side x side image."""
     shadow = copy.deepcopy(network).to("meta").eval()
     with FlopCounterMode(display=False) as flops, torch.inference_mode():
         shadow(torch.empty(1, 3, side, side, device="meta"))
@@ -177,8 +158,6 @@ def prunable(network):
     a bottleneck, so that the residual stream keeps its width (Li 2017); every conv of VGG-16.
     Raises Refused for any other network: who reads which filter has to be known, not guessed."""
     units, number = [], 1
-    with torch.device("meta"):
-        vgg = [type(layer) for layer in vgg16(1)]
     if isinstance(network, CifarResNet) or type(network).__module__ == "torchvision.models.resnet":
         for name, module in network.named_modules():
             inner = PRUNABLE_CONVS.get(type(module).__name__)
@@ -187,7 +166,7 @@ def prunable(network):
                 units += [Unit(f"{name}.conv{i}", f"{name}.bn{i}", f"{name}.conv{i + 1}", stage,
                                number + i) for i in range(1, inner + 1)]
                 number += inner + 1
-    elif isinstance(network, nn.Sequential) and [type(layer) for layer in network] == vgg:
+    elif isinstance(network, VGG):
         layers = [(i, m) for i, m in enumerate(network) if isinstance(m, (nn.Conv2d, nn.Linear))]
         units = [Unit(str(i), str(i + 1), str(layers[k + 1][0]),
                       1 + sum(isinstance(m, nn.MaxPool2d) for m in network[:i]), k + 1)
@@ -208,16 +187,13 @@ def shrink(state, units, keep):
     are passed over, so a dict of momentum buffers is cut by the same call. Returns a new dict."""
     state = dict(state)
     for unit in units:
-        if unit.conv not in keep:
-            continue
-        rows = keep[unit.conv]
+        rows = keep.get(unit.conv, slice(None))
         for key in (f"{unit.conv}.weight",
                     *(f"{unit.bn}.{v}" for v in ("weight", "bias", "running_mean", "running_var"))):
             if key in state:
-                state[key] = state[key][rows.to(state[key].device)]
-        key = f"{unit.reader}.weight"
-        if key in state:
-            state[key] = state[key][:, rows.to(state[key].device)]
+                state[key] = state[key][rows]
+        if f"{unit.reader}.weight" in state:
+            state[f"{unit.reader}.weight"] = state[f"{unit.reader}.weight"][:, rows]
     return state
 
 
@@ -271,12 +247,11 @@ def read(path, *kinds):
     with open(path, "rb") as file:
         data = file.read()
     try:
-        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-            raise ValueError
-        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        known = checkpoint["format"] == FORMAT and checkpoint["kind"]
+        whole = hashlib.sha256(data[:-32]).digest() == data[-32:]
+        checkpoint = whole and torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        known = checkpoint["format"] == FORMAT
     except Exception:             # torch raises a dozen kinds, all with one meaning here
-        known = None
+        known = False
     if not known:
         raise Refused(f"{path}: not a checkpoint of this project (format {FORMAT}), or damaged; "
                       "write it again")
@@ -287,7 +262,9 @@ def read(path, *kinds):
 
 def restore(checkpoint):
     """The network of a checkpoint dict, at its true size, in eval mode."""
-    return from_state(checkpoint["arch"], checkpoint["classes"], checkpoint["model"])
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        network = build(checkpoint["arch"], checkpoint["classes"])
+    return resize(network, checkpoint["model"])
 
 
 def load(path):

@@ -135,15 +135,11 @@ def keep_filters(scores, counts, scope="layer"):
     each layer's scores are divided by their L2 norm (Molchanov 2017); the best of each layer stays.
     """
     if scope == "global":
-        scores = {c: s.double() / s.double().norm().clamp(min=1e-300) for c, s in scores.items()}
-        spare = {c: s.argmax() for c, s in scores.items()}
-        for c, best in spare.items():
-            scores[c][best] = math.inf
-        every = torch.cat(list(scores.values()))
-        chosen = torch.zeros(len(every), dtype=torch.bool)
-        chosen[every.argsort(descending=True, stable=True)[:sum(counts.values())]] = True
-        parts = chosen.split([len(s) for s in scores.values()])
-        return {c: part.nonzero()[:, 0] for c, part in zip(scores, parts)}
+        normed = [s.double() / s.double().norm().clamp(min=1e-300) for s in scores.values()]
+        every = torch.cat([s.index_fill(0, s.argmax(), math.inf) for s in normed])
+        layer = torch.arange(len(normed)).repeat_interleave(torch.tensor([*map(len, normed)]))
+        best = layer[every.argsort(descending=True, stable=True)[:sum(counts.values())]]
+        counts = dict(zip(scores, best.bincount(minlength=len(normed)).tolist()))
     return {c: s.argsort(descending=True, stable=True)[:counts[c]].sort().values
             for c, s in scores.items()}
 
@@ -151,32 +147,20 @@ def keep_filters(scores, counts, scope="layer"):
 def weight_masks(weights, scores, sparsity, scope="global"):
     """Which weights stay: {name: bool mask}; round(sparsity * n) of the n weights do not, counting
     those already zero, which go first. global: one ranking of all (Han 2015); layer: each by
-    itself."""
-    check_sparsity(weights, sparsity, scope)
-
-    def mask(names):
+    itself. Raises Refused where that leaves none, or less than are zero already."""
+    masks = {}
+    for names in [list(weights)] if scope == "global" else [[name] for name in weights]:
         flat = torch.cat([torch.where(weights[n] == 0, -1.0, scores[n].double()).flatten()
                           for n in names])
+        zeros, already = round(sparsity * len(flat)), (flat < 0).sum().item()
+        if not already <= zeros < len(flat):
+            raise Refused(f"argument --sparsity: {sparsity:.9g} of {len(flat)} weights: {already} "
+                          "are zero already (sparsity is cumulative), and one has to be left")
         stay = torch.ones(len(flat), dtype=torch.bool)
-        stay[flat.argsort(stable=True)[:round(sparsity * len(flat))]] = False
+        stay[flat.argsort(stable=True)[:zeros]] = False
         parts = stay.split([weights[n].numel() for n in names])
-        return {n: part.view(weights[n].shape) for n, part in zip(names, parts)}
-    if scope == "global":
-        return mask(list(weights))
-    return {n: m for name in weights for n, m in mask([name]).items()}
-
-
-def check_sparsity(weights, sparsity, scope="global"):
-    """Refuse a share of the weights that is less than are zero already, or that leaves none, in all
-    or, with scope layer, in a layer."""
-    for ranked in [weights.values()] if scope == "global" else [[w] for w in weights.values()]:
-        total = sum(w.numel() for w in ranked)
-        already = sum((w == 0).sum().item() for w in ranked)
-        if already > round(sparsity * total):
-            raise Refused(f"argument --sparsity: {sparsity} of the weights, but "
-                          f"{already / total:.4f} are zero already; sparsity is cumulative")
-        if round(sparsity * total) == total:
-            raise Refused(f"argument --sparsity: {sparsity:.9g} of {total} weights leaves none")
+        masks |= {n: part.view(weights[n].shape) for n, part in zip(names, parts)}
+    return masks
 
 
 # ---- pruning a network, and a checkpoint ---------------------------------------------------------
@@ -217,11 +201,10 @@ def plan_of(how, arch):
 def prune(checkpoint, how, calibration=None):
     """A pruned copy of a checkpoint dict (dense, pruned or retrained).
 
-    how: dict with method, structure, sparsity (list), plan, scope, seed, include_linear,
-    calibration_images. Records in the copy how it was made, which of the dense network's filters
-    are left (`kept`), and what the adaptive linear schedule needs: `removed`, the share of the conv
-    weights this call took away, and `distance`, how far it moved them (see
-    schedules.adaptive_peak)."""
+    how: dict with method, structure, sparsity (list), plan, scope, seed, include_linear. Records in
+    the copy how it was made, which of the dense network's filters are left (`kept`), and for
+    schedules.adaptive_peak `removed`, the share of the conv weights that this call took away, and
+    `distance`, how far it moved them."""
     network = models.restore(checkpoint)
     if calibration:
         network.to(calibration[0].device)
@@ -237,16 +220,16 @@ def prune(checkpoint, how, calibration=None):
         masks = weight_masks({n: state[n] for n in names}, {n: s.cpu() for n, s in scores.items()},
                              how["sparsity"][0], how["scope"])
         state = {n: v * masks[n] if n in masks else v for n, v in state.items()}
+    pruned = {**checkpoint, "kind": "pruned", "model": state, "kept": kept, "pruning": how}
     before, after = (torch.cat([s[n].flatten().double() for n in names])
                      for s in (checkpoint["model"], state))
-    params, macs = models.count(models.from_state(checkpoint["arch"], checkpoint["classes"], state),
-                                checkpoint["side"])
-    return {**checkpoint, "kind": "pruned", "model": state, "kept": kept, "pruning": how,
-            "source": models.digest(checkpoint["model"]), "params": params, "macs": macs,
+    source = models.digest(checkpoint["model"])
+    params, macs = models.count(models.restore(pruned), checkpoint["side"])
+    return {**pruned, "source": source, "dense_id": checkpoint.get("dense_id", source),
+            "params": params, "macs": macs,
             "removed": 1 - ((after != 0).sum() / (before != 0).sum()).item(),
             "distance": ((before.square().sum() - after.square().sum()).abs().sqrt()
-                         / before.norm()).item(),
-            "dense_id": checkpoint.get("dense_id") or models.digest(checkpoint["model"])}
+                         / before.norm()).item()}
 
 
 def calibration_of(how, data, machine):
@@ -271,13 +254,17 @@ def prune_and_test(checkpoint, how, data, machine):
 
 # ---- the command ---------------------------------------------------------------------------------
 
+def amount(how):
+    """What a way of pruning takes away, whatever ranks it, as a name."""
+    share = f"plan{how['plan']}" if how["plan"] else "_".join(f"{p:g}" for p in how["sparsity"])
+    usual = "layer" if how["structure"] == "filters" else "global"
+    return share + f"-{how['scope']}" * (how["scope"] != usual) + "-linear" * how["include_linear"]
+
+
 def label(how):
     """The name of a way of pruning, for files and tables."""
-    amount = f"plan{how['plan']}" if how["plan"] else "_".join(f"{p:g}" for p in how["sparsity"])
-    usual = "layer" if how["structure"] == "filters" else "global"
-    extras = [how["scope"]] * (how["scope"] != usual) + ["linear"] * how["include_linear"]
-    return "-".join([how["structure"], how["method"], amount, *extras]
-                    + [f"s{how['seed']}"] * (how["seed"] != 0))
+    return (f"{how['structure']}-{how['method']}-{amount(how)}"
+            + f"-s{how['seed']}" * (how["seed"] != 0))
 
 
 def ways(args, flags):
@@ -285,15 +272,13 @@ def ways(args, flags):
     weights = args.structure == "weights"
     sparsity = args.sparsity or ([] if args.plan else [0.5])
     for flag, bad in (
-            ("--plan: says how much to prune; leave out --sparsity", args.plan and args.sparsity),
-            ("--plan: is for filters", args.plan and weights),
+            ("--plan: is for filters, in place of --sparsity", args.plan and
+             (weights or args.sparsity)),
             ("--sparsity: one value with --structure weights", weights and len(sparsity) != 1),
             ("--method: hrank ranks filters, not weights", weights and "hrank" in args.method),
             ("--include-linear: is for --structure weights", args.include_linear and not weights),
             ("--dry-run: prunes what train.py --dry-run wrote; name no checkpoint",
-             args.dry_run and args.checkpoint),
-            ("--out: one file, but there are several checkpoints or methods",
-             args.out and len(args.checkpoint or [0]) * len(args.method) > 1)):
+             args.dry_run and args.checkpoint)):
         if bad:
             flags.error(f"argument {flag}")
     return [{"structure": args.structure, "method": method, "sparsity": sparsity,
@@ -302,32 +287,47 @@ def ways(args, flags):
              "calibration_images": args.calibration_images} for method in args.method]
 
 
-def target_of(source, checkpoint, how, out):
+def target_of(source, checkpoint, how):
     """The file to write; refuses, before anything is computed, what cannot be done or would
     overwrite something else."""
-    network, kept = models.restore(checkpoint), checkpoint.get("kept")
-    zero = any((network.get_parameter(n) == 0).any() for n in models.weight_names(network))
+    earlier = checkpoint.get("pruning", how)["structure"]
+    if earlier != how["structure"]:
+        raise Refused(f"{source}: its {earlier} are pruned; --structure {how['structure']} cannot "
+                      "go on from there")
     if how["structure"] == "filters":
-        filters_to_keep(network, *plan_of(how, checkpoint["arch"]))
-    if zero if how["structure"] == "filters" else kept:
-        raise Refused(f"{source}: its {'weights' if zero else 'filters'} are pruned; --structure "
-                      f"{how['structure']} cannot go on from there")
+        filters_to_keep(models.restore(checkpoint), *plan_of(how, checkpoint["arch"]))
     stem = "" if checkpoint["kind"] == "dense" else os.path.basename(source)[:-3] + "--"
-    target = out or os.path.join(os.path.dirname(source), f"{stem}{label(how)}.pt")
+    target = os.path.join(os.path.dirname(source), f"{stem}{label(how)}.pt")
     there = models.read(target) if os.path.exists(target) else None
     if there and (there.get("pruning"), there.get("source")) != (
             how, models.digest(checkpoint["model"])):
-        raise Refused(f"{target}: holds something else; name another file with --out, or remove it")
-    if not os.path.isdir(os.path.dirname(target) or "."):
-        raise Refused(f"argument --out: there is no folder {os.path.dirname(target)}")
+        raise Refused(f"{target}: was pruned otherwise, or from another network; remove it")
     return target
 
 
-def run(args, flags):
+def main(argv=None):
+    flags = train.parser(__doc__, "[CHECKPOINT ...] ")
+    add = flags.add_argument_group("run").add_argument
+    add("checkpoint", nargs="*", metavar="CHECKPOINT", help="runs/shapes-resnet8-s0/dense.pt")
+    add("--seed", type=number(int, 0), default=0, help="of random and of the images (default 0)")
+    add = flags.add_argument_group("method").add_argument
+    add("--method", nargs="+", choices=METHODS, default=["magnitude", "random"], metavar="NAME",
+        help=f"{' '.join(METHODS)} (default magnitude random)")
+    add("--structure", choices=("filters", "weights"), default="filters", help="default filters")
+    add("--sparsity", nargs="+", type=number(float, 0, 0.9999), metavar="P",
+        help="share to remove (default 0.5); filters: one, or one for each stage")
+    add("--plan", choices=("A", "B", "C", "D", "I"), help="the paper's, for filters (default none)")
+    add("--scope", choices=("layer", "global"), help="what is ranked together (default: filters in "
+        "their layer, weights globally)")
+    add("--include-linear", action="store_true", help="weights: Linear layers too (default: no)")
+    add("--calibration-images", type=number(int, 1), default=640, metavar="N",
+        help="for taylor, obd and hrank (default 640)")
+    train.machine_flags(flags)
+    args = flags.parse_args(argv)
     hows, written = ways(args, flags), []
     sources = args.checkpoint or [f"runs/shapes-resnet8-s0{'-dry' * args.dry_run}/dense.pt"]
     checkpoints = {s: models.read(s, "dense", "pruned", "retrained") for s in sources}
-    todo = [(source, how, target_of(source, checkpoint, how, args.out))
+    todo = [(source, how, target_of(source, checkpoint, how))
             for source, checkpoint in checkpoints.items() for how in hows]
     machine = train.the_machine(args)
     for source, how, target in todo:
@@ -339,28 +339,6 @@ def run(args, flags):
         say(f"{source}: test {checkpoint['test_accuracy']:.2f} %; {label(how)}: test "
             f"{pruned['test_accuracy']:.2f} %, {train.summary(network, data.side)}")
     say(f"Wrote {' '.join(written)}. Next: python retrain.py {' '.join(written)}")
-
-
-def main(argv=None):
-    flags = train.parser(__doc__, "[CHECKPOINT ...] ")
-    add = flags.add_argument_group("run").add_argument
-    add("checkpoint", nargs="*", metavar="CHECKPOINT", help="runs/shapes-resnet8-s0/dense.pt")
-    add("--out", metavar="FILE", help="default: beside the checkpoint, named by the method")
-    add("--seed", type=number(int, 0), default=0, help="of random and of the images (default 0)")
-    add = flags.add_argument_group("method").add_argument
-    add("--method", nargs="+", choices=METHODS, default=["magnitude", "random"], metavar="NAME",
-        help=f"{' '.join(METHODS)} (default magnitude random)")
-    add("--structure", choices=("filters", "weights"), default="filters", help="default filters")
-    add("--sparsity", nargs="+", type=number(float, 0, 1, below=True), metavar="P",
-        help="share to remove (default 0.5); filters: one, or one for each stage")
-    add("--plan", choices=("A", "B", "C", "D", "I"), help="the paper's, for filters (default none)")
-    add("--scope", choices=("layer", "global"), help="what is ranked together (default: filters in "
-        "their layer, weights globally)")
-    add("--include-linear", action="store_true", help="weights: Linear layers too (default: no)")
-    add("--calibration-images", type=number(int, 1), default=640, metavar="N",
-        help="for taylor, obd and hrank (default 640)")
-    train.machine_flags(flags)
-    run(flags.parse_args(argv), flags)
 
 
 if __name__ == "__main__":

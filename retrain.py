@@ -12,7 +12,6 @@ batch size, weight decay, data order and budget. Each finished run adds one line
 its run folder, which says all that is needed to run it again; a run that is there is not repeated,
 one that was interrupted goes on after its last finished epoch.
 """
-import argparse
 import contextlib
 import glob
 import hashlib
@@ -42,7 +41,7 @@ from schedules import Refused, number
 from train import say
 
 DEFAULT = ["finetune", "weight_rewind", "lr_rewind", "slr", "one_cycle"]
-EVERY = (*schedules.RETRAIN, *schedules.SCRATCH_AT_EQUAL_COST)
+EVERY = (*schedules.RETRAIN, "scratch_e", "scratch_b")
 
 
 # ---- one retraining, from start to row -----------------------------------------------------------
@@ -90,7 +89,7 @@ def rewound(run, checkpoint):
         kept = sorted(glob.glob(os.path.join(os.path.dirname(path), "epoch-*.pt")))
         raise Refused(f"argument --schedule: weight_rewind with {run.epochs} epochs needs {path}, "
                       f"which was not kept (but {' '.join(map(os.path.basename, kept)) or 'none'}"
-                      "); see train.py --snapshot-every")
+                      ")")
     snapshot = models.read(path, "state")
     train.same_run(checkpoint["settings"], snapshot["settings"], path)
     return snapshot["model"], snapshot["momentum"]
@@ -184,23 +183,22 @@ def row_of(settings, checkpoint, curve, seconds, name, machine):
 # ---- many runs: their rows, their processes ------------------------------------------------------
 
 def read_rows(folder):
-    """{run: row} of a folder's results.jsonl. A half-written last line, which a crash left, is
-    passed over: that run's row is made again."""
+    """{run: row} of a folder's results.jsonl. What follows its last newline, a crash left: that
+    run's row is made again."""
     path, rows = os.path.join(folder, "results.jsonl"), {}
     if not os.path.exists(path):
         return rows
     with open(path, encoding="utf-8", errors="replace") as file:
-        lines = file.read().split("\n")
+        lines = file.read().split("\n")[:-1]
     for i, line in enumerate(lines, 1):
         try:
             row = json.loads(line, parse_constant=int)                      # refuses NaN
-            known = row["format"] == models.FORMAT
+            if row["format"] != models.FORMAT:
+                raise ValueError
             rows[row["run"]] = row
         except (ValueError, RecursionError, KeyError, TypeError):
-            known = i == len(lines)
-        if not known:
             raise Refused(f"{path}: line {i} is not a result row of format {models.FORMAT}; "
-                          "remove it")
+                          "remove it") from None
     return rows
 
 
@@ -264,17 +262,16 @@ def in_processes(todo, jobs, args, receive):
 
 
 def retrain_all(runs, args, machine):
-    """Every run that is not there yet; rows are written as they come. Returns how many failed."""
-    checkpoints = {run.path: models.read(run.path, "pruned") for run in runs}
-    folders = {path: os.path.dirname(path) for path in checkpoints}
+    """Every run of {Run: name} that is not there yet; rows are written as they come. Returns how
+    many failed."""
+    rows = {os.path.dirname(run.path): {} for run in runs}
     with contextlib.ExitStack() as stack:
-        for folder in dict.fromkeys(folders.values()):
+        for folder in rows:
             stack.enter_context(train.working_in(folder or ".", machine))
-        rows = {folder: read_rows(folder) for folder in folders.values()}
+            rows[folder] = read_rows(folder)
         todo = []
-        for run in runs:
-            _, name = settings_of(run, 1, checkpoints[run.path], args, machine)
-            if args.rounds == 1 and name in rows[folders[run.path]]:
+        for run, name in runs.items():
+            if args.rounds == 1 and name in rows[os.path.dirname(run.path)]:
                 say(f"{name}: done already")
             else:
                 todo.append(run)
@@ -313,10 +310,8 @@ def amount(row):
     if not row["removed"]:
         return "nothing"
     shares = row["sparsity"] if isinstance(row["sparsity"], list) else [row["sparsity"]]
-    share = f"plan {row['plan']}" if row["plan"] else "/".join(f"{p:.3g}" for p in shares)
-    usual = "layer" if row["structure"] == "filters" else "global"
-    return (f"{row['structure']} {share}" + f" {row['scope']}" * (row["scope"] != usual)
-            + " +linear" * row["include_linear"] + f" round {row['round']}" * (row["round"] > 1))
+    return (f"{row['structure']} {prune.amount({**row, 'sparsity': shares})}"
+            + f" round {row['round']}" * (row["round"] > 1))
 
 
 def setting(row):
@@ -482,70 +477,42 @@ def claims(rows):
 COLOURS = "blue red green orange purple brown deeppink gray olive cyan".split()
 
 
-def chart(title, t, y_title, series):
-    """A Mermaid xychart of {name: values} over t epochs, its legend as text: Mermaid draws none."""
-    series = dict(zip(series, list(series.values())[:len(COLOURS)]))
-    values = [y for line in series.values() for y in line]
-    margin = (max(values) - min(values) or 1) * 0.05
-    palette = ", ".join(COLOURS[:len(series)])
-
-    def text(y):                # Mermaid reads no 1e-05
-        return np.format_float_positional(y, precision=5, trim="-")
-    return "\n".join([
-        f"{title}: {', '.join(map(' '.join, zip(COLOURS, series)))}.", "", "```mermaid",
-        f'%%{{init: {{"themeVariables": {{"xyChart": {{"plotColorPalette": "{palette}"}}}}}}}}%%',
-        "xychart-beta", f'    x-axis "epoch" 1 --> {t}', f'    y-axis "{y_title}" '
-        f"{text(max(0, min(values) - margin))} --> {text(max(values) + margin)}",
-        *(f"    line [{', '.join(map(text, line))}]" for line in series.values()), "```", ""])
-
-
-def curves(rows, key):
-    """{(setting, t): {arm: mean of `key` by epoch}}, at the budget with the most arms, without
-    scratch, whose low start flattens the others."""
-    found = {}
+def pictures(rows):
+    """Mean test accuracy by epoch of each pruned network's arms, as Mermaid charts whose legend is
+    text (Mermaid draws none), at the budget with the most arms; without scratch, whose low start
+    flattens the others."""
+    charts, palette = [], ", ".join(COLOURS)
     for where, mine in group([r for r in rows if not r["schedule"].startswith("scratch")],
                              setting).items():
         t, same = max(group(mine, lambda r: r["budget"]).items(),
                       key=lambda item: (len(group(item[1], arm)), item[0]))
-        found[where, t] = {name: np.mean([[p[key] for p in r["curve"]] for r in runs], 0)
-                           for name, runs in by_arm(same).items()}
-    return found
-
-
-def pictures(rows):
-    """Learning rates, and test accuracy by epoch for each pruned network, as charts."""
-    parts = []
-    for key, title in (("lr", "Learning rate"), ("test_accuracy", "Test accuracy (%)")):
-        for ((dataset, arch, what, method), t), lines in curves(rows, key).items():
-            if t > 1 and not (key == "lr" and parts):
-                parts.append(chart(f"{title} by epoch, {arch} on {dataset}, {what} by {method}, "
-                                   f"t = {t}", t, title, lines))
-    return "\n".join(parts)
-
-
-def in_blocks(rows):
-    """The same accuracies for a terminal."""
-    lines = []
-    for ((*_, what, method), t), arms in curves(rows, "test_accuracy").items():
-        lines.append(f"{what} by {method}, t = {t}: test accuracy by epoch, its largest, its last")
-        lines += [f"  {name:16} {schedules.blocks(line)} {max(line):.2f} {line[-1]:.2f}"
-                  for name, line in arms.items()]
-    return "\n".join(lines)
+        lines = {name: np.mean([[p["test_accuracy"] for p in r["curve"]] for r in runs], 0)
+                 for name, runs in [*by_arm(same).items()][:len(COLOURS)]}
+        low, high = (f(map(f, lines.values())) for f in (min, max))
+        if t > 1:
+            legend = ", ".join(map(" ".join, zip(COLOURS, lines)))
+            charts += [
+                f"{' '.join(where)}, t = {t}: {legend}.", "", "```mermaid",
+                f'%%{{init: {{"themeVariables": {{"xyChart": {{"plotColorPalette": "{palette}"}}}}'
+                "}}%%", "xychart-beta", f'    x-axis "epoch" 1 --> {t}',
+                f'    y-axis "test accuracy (%)" {low - 0.1:.1f} --> {high + 0.1:.1f}',
+                *(f"    line [{', '.join(f'{y:.2f}' for y in line)}]" for line in lines.values()),
+                "```", ""]
+    return "\n".join(charts)
 
 
 def report(rows):
     """The whole report as markdown, from rows alone."""
     made = sorted({f"{r['device']}, {r['threads']} threads, {r['precision']}, torch {r['torch']}, "
                    f"code {r['commit']}" for r in rows})
-    every = with_shorter(rows)
-    minutes = sum(r["seconds"] for r in rows) / 60
+    minutes, every = sum(r["seconds"] for r in rows) / 60, with_shorter(rows)
     return "\n".join([
         "# Report", "", f"{len(rows)} retrainings, {minutes:.0f} minutes of a process; "
         f"{'; '.join(made)}.", "", table(every), "## Claims", "",
         "Paired over dense networks and seeds; the interval is Student's t at 95 %, each claim by "
         "itself: of twenty undecided ones, one will look decided by chance.", "", claims(every),
-        "## Pictures", "", "The dip while the learning rate is large is normal: compare the ends.",
-        "", pictures(rows)])
+        "## Test accuracy by epoch", "",
+        "The dip while the learning rate is large is normal: compare the ends.", "", pictures(rows)])
 
 
 def write_report(folders):
@@ -557,39 +524,33 @@ def write_report(folders):
     shared = folders[0] if len(folders) == 1 else os.path.commonpath(map(os.path.abspath, folders))
     path = os.path.join(shared, "report.md")
     models.write(path, report(rows).encode())
-    say(f"\n{table(with_shorter(rows))}\n{in_blocks(rows)}\nWrote {path}: this table, the paper's "
-        "claims against it, and pictures.")
+    say(f"\n{table(with_shorter(rows))}\nWrote {path}: this table, the paper's claims against it, "
+        "and pictures.")
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
-def runs_of(args):
-    """Every Run the command line asks for; what can be refused before anything is trained, is."""
-    default, paths = f"runs/shapes-resnet8-s0{'-dry' * args.dry_run}", args.checkpoint or []
-    for pattern in () if paths else ("filters-*.pt", "weights-*.pt"):
-        paths = paths + [p for p in sorted(glob.glob(f"{default}/{pattern}"))
-                         if not p.endswith(".state.pt") and models.read(p)["kind"] == "pruned"]
+def runs_of(args, machine):
+    """{Run: name} of all that the command line asks for; what can be refused at once, is."""
+    default, runs = f"runs/shapes-resnet8-s0{'-dry' * args.dry_run}", {}
+    paths = args.checkpoint or [path for path in sorted(glob.glob(f"{default}/*-*.pt"))
+                                if models.read(path)["kind"] == "pruned"]
     if not paths:
         raise Refused(f"{default}: no pruned checkpoint is there; run prune.py first, or name one")
-    runs = []
     for path in paths:
         checkpoint = models.read(path, "pruned")
-        recipe, how = checkpoint["recipe"], checkpoint["pruning"]
+        recipe = checkpoint["recipe"]
         base = train.RECIPES[recipe["dataset"]]
-        usual = max(1, recipe["epochs"] * base["retrain"] // base["epochs"])
-        if how["structure"] == "weights":
-            names = models.weight_names(models.restore(checkpoint), how["include_linear"])
-            prune.check_sparsity({n: checkpoint["model"][n] for n in names},
-                                 *later(how, args.rounds), how["scope"])
-        for t, seed, schedule in itertools.product(args.epochs or [usual], args.seed,
-                                                   args.schedule):
-            runs.append(Run(path, schedule, t, seed))
+        budgets = args.epochs or [max(1, recipe["epochs"] * base["retrain"] // base["epochs"])]
+        for t, seed, schedule in itertools.product(budgets, args.seed, args.schedule):
+            run = Run(path, schedule, t, seed)
+            runs[run] = settings_of(run, 1, checkpoint, args, machine)[1]
             if schedule == "weight_rewind":
-                rewound(runs[-1], checkpoint)
-        if max(args.epochs or [usual]) >= recipe["epochs"]:
+                rewound(run, checkpoint)
+        if max(budgets) >= recipe["epochs"]:
             say(f"{path}: T = {recipe['epochs']}; with as many epochs or more, lr_rewind and "
                 "weight_rewind start the dense run over")
-    return list(dict.fromkeys(runs))
+    return runs
 
 
 def main(argv=None):
@@ -609,8 +570,8 @@ def main(argv=None):
         "(default: the dense run's)")
     add("--end-lr", type=number(float, 0), help="the last learning rate of "
         f"{', '.join(schedules.TAKE_END_LR)} (default: as published)")
-    add("--cycle-momentum", action=argparse.BooleanOptionalAction, default=True,
-        help="of one_cycle (default: yes, as published)")
+    add("--no-cycle-momentum", dest="cycle_momentum", action="store_false",
+        help="one_cycle holds the momentum (default: cycles it, as published)")
     add("--rounds", type=number(int, 1, 1000), default=1, metavar="K",
         help="retrain and prune K times, each from the last one's weights (default 1)")
     train.machine_flags(flags)
@@ -625,7 +586,8 @@ def main(argv=None):
         flags.error("argument --dry-run: retrains what train.py --dry-run led to; name no file")
     if args.report:
         return write_report(args.report)
-    machine, runs = train.the_machine(args), runs_of(args)
+    machine = train.the_machine(args)
+    runs = runs_of(args, machine)
     failed = retrain_all(runs, args, machine)
     folders = list(dict.fromkeys(os.path.dirname(run.path) or "." for run in runs))
     if machine.rank == 0 and any(read_rows(folder) for folder in folders):

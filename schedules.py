@@ -17,7 +17,6 @@ import math
 DENSE = ("step", "cosine", "linear", "one_cycle", "constant")
 RETRAIN = ("finetune", "lr_rewind", "weight_rewind", "slr", "one_cycle", "linear",
            "adaptive_linear", "scratch")
-SCRATCH_AT_EQUAL_COST = ("scratch_e", "scratch_b")  # the same curve as scratch, longer budgets
 TAKE_LR = ("slr", "one_cycle", "linear", "adaptive_linear")               # use lr
 TAKE_END_LR = ("finetune", "one_cycle", "linear", "adaptive_linear")      # use end_lr
 
@@ -41,9 +40,7 @@ def one_cycle(step, steps, peak, end=None, momentum=0.9, cycle_momentum=True):
     """CLR: torch's OneCycleLR (Smith & Topin 2019) with div_factor 100, pct_start 0.1, cosine.
 
     Climbs from peak/100 over a tenth of the `steps` and falls to `end` (default peak/10,000), while
-    the momentum goes 0.95 -> 0.85 -> 0.95. Defined for every number of steps, also where
-    OneCycleLR divides by zero.
-    """
+    the momentum goes 0.95 -> 0.85 -> 0.95. Also defined where OneCycleLR divides by zero."""
     low, last, top = peak / 100, steps - 1, 0.1 * steps - 1
     end = low / 100 if end is None else end
     if step <= top:
@@ -56,8 +53,7 @@ def one_cycle(step, steps, peak, end=None, momentum=0.9, cycle_momentum=True):
 
 
 def linear(step, steps, peak, end=0.0):
-    """LLR (Zimmer 2023): cosine warm-up 0 -> peak over a tenth of the steps, then a line to `end`.
-    """
+    """LLR (Zimmer 2023): cosine warm-up from 0 over a tenth of the steps, then a line to `end`."""
     warmup = steps // 10
     if step < warmup:
         return cosine(0.0, peak, step / warmup)
@@ -67,9 +63,8 @@ def linear(step, steps, peak, end=0.0):
 def adaptive_peak(lr_max, budget_share, distance, removed):
     """The largest learning rate of ALLR (Zimmer 2023), between min(t/T, 1)*LR_max and LR_max.
 
-    distance: sqrt(| |w|^2 - |w_pruned|^2 |) / |w|, how far pruning moved the weights;
-    removed: the share of the weights that the same pruning took away, in [0, 1).
-    """
+    distance: sqrt(| |w|^2 - |w_pruned|^2 |) / |w|, how far pruning moved the weights; removed: the
+    share of the weights that the same pruning took away, in [0, 1)."""
     wanted = lr_max * distance / math.sqrt(removed) if removed else 0.0
     return min(max(wanted, min(budget_share, 1.0) * lr_max), lr_max)
 
@@ -78,10 +73,9 @@ def dense(recipe, steps_per_epoch, stretch=1.0):
     """The dense run's own schedule as a function `step -> (lr, momentum)`.
 
     recipe: dict with lr, schedule (one of DENSE; default step), epochs (not for constant),
-    milestones (epochs of the x0.1 drops; step only), momentum (default 0.9).
-    stretch: 2.0 makes everything happen twice as late (Scratch-E and -B, Liu 2019). `step`,
-    `cosine` and `constant` change once an epoch, `linear` and `one_cycle` at every step.
-    """
+    milestones (epochs of the x0.1 drops; step only), momentum (default 0.9). stretch: 2.0 makes
+    everything happen twice as late. `linear` and `one_cycle` change at every step, the others once
+    an epoch."""
     recipe = Recipe(recipe)
     kind, peak, momentum = recipe.get("schedule", "step"), recipe["lr"], recipe.get("momentum", 0.9)
     if kind not in DENSE:
@@ -111,11 +105,9 @@ def lr_min(recipe, steps_per_epoch):
 def slr(epoch, epochs, recipe, steps_per_epoch, peak):
     """SLR, scaled learning-rate restarting (Le & Hua 2021, section 3): the dense curve compressed.
 
-    A warm-up LR_min -> LR_max over W = int(t/10) epochs, then the dense run squeezed into 0.9 t:
-    a step recipe's drops come at W + int(0.9 t f), f = milestone / T written with two digits as
-    the authors do (0.45 t and 0.675 t on CIFAR, 0.297 t and 0.594 t on ImageNet). Exact integers,
-    because int() of a rounded product lands one epoch early now and then.
-    """
+    A warm-up LR_min -> LR_max over W = int(t/10) epochs, then the dense run squeezed into 0.9 t: a
+    step recipe's drops come at W + int(0.9 t f), f = milestone / T with two digits as the authors
+    write it (0.45 t and 0.675 t on CIFAR); integers, since int() of a product may be too early."""
     warmup, total = epochs // 10, recipe["epochs"]
     if epoch <= warmup:
         return cosine(lr_min(recipe, steps_per_epoch), peak, epoch / warmup) if warmup else peak
@@ -130,13 +122,11 @@ def retrain(name, epochs, steps_per_epoch, recipe=None, lr=None, end_lr=None, cy
             distance=1.0, removed=1.0):
     """A retraining schedule as a function `step -> (lr, momentum)`, step from 0 to epochs*S - 1.
 
-    name: one of RETRAIN (or SCRATCH_AT_EQUAL_COST). epochs: the budget t. recipe: what is known of
-    the dense run (see `dense`); with `lr`, one_cycle and linear need none, finetune with `end_lr`
-    neither. lr replaces LR_max where the schedule has one (TAKE_LR); end_lr replaces the last
-    learning rate (TAKE_END_LR): LR_min for finetune, LR_max/10,000 for one_cycle, 0 for the linear
-    ones. distance, removed: see `adaptive_peak`.
-    Raises Refused for an unknown name and for a recipe that lacks what the schedule needs.
-    """
+    name: one of RETRAIN. epochs: the budget t. recipe: what is known of the dense run (see `dense`);
+    with `lr`, one_cycle and linear need none, finetune with `end_lr` neither. lr replaces LR_max
+    (TAKE_LR), end_lr the last learning rate (TAKE_END_LR): LR_min for finetune, LR_max/10,000 for
+    one_cycle, 0 for the linear ones. distance, removed: see `adaptive_peak`.
+    Raises Refused for an unknown name and for a recipe that lacks what the schedule needs."""
     recipe = Recipe(recipe or {})
     steps, momentum = epochs * steps_per_epoch, recipe.get("momentum", 0.9)
     if name == "finetune":                             # FT (Han 2015): LR_min all the way
@@ -146,7 +136,7 @@ def retrain(name, epochs, steps_per_epoch, recipe=None, lr=None, end_lr=None, cy
         first = (recipe["epochs"] - epochs) * steps_per_epoch
         original = dense(recipe, steps_per_epoch)
         return lambda step: original(max(0, first + step))
-    if name in ("scratch", *SCRATCH_AT_EQUAL_COST):
+    if name.startswith("scratch"):                     # Liu 2019
         return dense(recipe, steps_per_epoch, epochs / recipe["epochs"])
     if name not in TAKE_LR:
         raise Refused(f"unknown schedule {name!r}; known: {', '.join(RETRAIN)}")
@@ -161,19 +151,16 @@ def retrain(name, epochs, steps_per_epoch, recipe=None, lr=None, end_lr=None, cy
     return lambda step: (linear(step, steps, peak, end_lr or 0.0), momentum)   # LLR
 
 
-# ---- the command line: a schedule seen in a terminal ---------------------------------------------
-
-def number(kind, low, high=10 ** 9, below=False):
-    """An argparse type: an int or float in [low, high], or [low, high) with `below`."""
+def number(kind, low, high=10 ** 9):
+    """An argparse type: an int or float in [low, high]."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value < high if below else low <= value <= high):
-            raise argparse.ArgumentTypeError(
-                f"must be {'a whole number' if kind is int else 'a number'} from {low:g} to "
-                f"{'below ' * below}{high:g}, not {text[:40]!r}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be {'a whole' if kind is int else 'a'} number "
+                                             f"from {low:g} to {high:g}, not {text[:40]!r}")
         return value
     return parse
 
@@ -193,21 +180,18 @@ def main(argv=None):
     add("--epochs", type=number(int, 1, 10_000), default=72, help="budget t (default 72)")
     add("--dense-epochs", type=number(int, 1, 10_000), default=160, help="T (default 160)")
     add("--schedule", choices=DENSE, default="step", help="of the dense run (default step)")
-    add("--milestones", type=number(int, 1), nargs="*", default=[80, 120],
-        help="epochs of its x0.1 drops (default 80 120)")
+    add("--milestones", type=number(int, 1), nargs="*", default=[80, 120], help="of its drops")
     add("--lr", type=number(float, 1e-9), default=0.1, help="its largest (default 0.1)")
-    add("--momentum", type=number(float, 0, 1, below=True), default=0.9, help="default 0.9")
     add("--steps-per-epoch", type=number(int, 1), default=782, help="default 782")
     args = flags.parse_args(argv)
-    recipe = {"schedule": args.schedule, "epochs": args.dense_epochs, "lr": args.lr,
-              "milestones": args.milestones, "momentum": args.momentum}
-    curves = {name: [retrain(name, args.epochs, args.steps_per_epoch, recipe)(
-        e * args.steps_per_epoch)[0] for e in range(args.epochs)] for name in RETRAIN}
-    widths = [max(11, len(name)) for name in curves]
-    print("epoch", *(f"{name:>{w}}" for name, w in zip(curves, widths)))
+    recipe, steps = {**vars(args), "epochs": args.dense_epochs}, args.steps_per_epoch
+    schedules = {name: retrain(name, args.epochs, steps, recipe) for name in RETRAIN}
+    curves = {name: [at(epoch * steps)[0] for epoch in range(args.epochs)]
+              for name, at in schedules.items()}
+    print("epoch", *(f"{name:>15}" for name in curves))
     for epoch, row in enumerate(zip(*curves.values())):
-        print(f"{epoch:5}", *(f"{lr:{w}.6g}" for lr, w in zip(row, widths)))
-    print("\nlearning rate at the start of each epoch: its curve, its largest value, its last")
+        print(f"{epoch:5}", *(f"{lr:15.6g}" for lr in row))
+    print("\nthe curve, its largest value, its last")
     for name, lrs in curves.items():
         print(f"{name:15} {blocks(lrs)} {max(lrs):.6g} {lrs[-1]:.6g}")
 

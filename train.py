@@ -204,6 +204,7 @@ class Data(NamedTuple):
     classes: int
     mean: list
     std: list
+    fingerprint: str = ""
 
 
 def epoch_draws(seed, epoch, count):
@@ -351,10 +352,7 @@ def split_of(name, data_dir, training):
     for folder in ("train",) if training else ("test", "val"):
         path = os.path.join(data_dir, folder)
         if os.path.isdir(path):
-            try:
-                found = datasets.ImageFolder(path)
-            except FileNotFoundError as problem:
-                raise Refused(f"argument --data-dir: {problem}") from None
+            found = datasets.ImageFolder(path)
             return [p for p, _ in found.samples], np.array(found.targets), found.classes
     raise Refused(f"argument --data-dir: {data_dir} has no {'training' if training else 'test'} "
                   "images: train/<class>/*, and test/ or val/<class>/*")
@@ -404,65 +402,52 @@ def statistics_of(images):
     return mean, (share @ level ** 2 - torch.tensor(mean) ** 2).clamp(min=1e-4).sqrt().tolist()
 
 
-def load_data(recipe, data_dir, device):
-    """The data set recipe["dataset"], with recipe["subset"] training and recipe["test_subset"] test
-    images (None: all), as `Data`. Raises Refused where the folder or its images do not fit."""
+@functools.lru_cache(1)
+def load_data(dataset, data_dir, subset, test_subset, device):
+    """A data set, with so many training and test images (None: all), as `Data`.
+
+    Raises Refused where the folder or its images do not fit."""
     splits, names = [], []
-    for training, wanted in ((True, recipe["subset"]), (False, recipe["test_subset"])):
-        images, labels, classes = split_of(recipe["dataset"], data_dir, training)
+    for training, wanted in ((True, subset), (False, test_subset)):
+        images, labels, classes = split_of(dataset, data_dir, training)
         if wanted is not None:
             chosen = balanced(labels, wanted)
             labels = labels[chosen]
             images = [images[i] for i in chosen] if isinstance(images, list) else images[chosen]
         if isinstance(images, list) and max(decode(images[0]).size) <= LARGEST_RESIDENT:
             images = resident(images)
-        splits.append([images, torch.from_numpy(labels).to(device)])
+        splits.append([images, torch.from_numpy(labels)])
         names.append(classes)
-    large = isinstance(splits[0][0], list)
     sides = [224 if isinstance(images, list) else images.shape[-1] for images, _ in splits]
     odd = sorted(set(names[0]) ^ set(names[1]))
     if odd or sides[0] != sides[1]:   # as many classes, but others: labels would be silently wrong
         raise Refused(f"argument --data-dir: {data_dir}: training and test images differ, in "
                       f"{f'class {odd[0]!r}' if odd else f'their {sides} pixels'}")
-    if recipe["dataset"] in ("cifar10", "cifar100"):
-        mean, std = CIFAR_STATISTICS
+    images, labels = splits[0]
+    if isinstance(images, list):
+        content = "".join("/".join(re.split(r"[/\\]", p)[-2:]) for p in images).encode()
+        mean, std = IMAGENET_STATISTICS
     else:
-        mean, std = IMAGENET_STATISTICS if large else statistics_of(splits[0][0])
-    if not large:
-        splits[0][0] = F.pad(splits[0][0], (PAD,) * 4).to(device)
-        splits[1][0] = splits[1][0].to(device)
-    return Data(*splits, sides[0], len(names[0]), list(mean), list(std))
-
-
-_loaded = {}
+        splits[0][0] = F.pad(images, (PAD,) * 4)
+        content = splits[0][0].numpy().tobytes()
+        mean, std = CIFAR_STATISTICS if "cifar" in dataset else statistics_of(images)
+    digest = hashlib.sha256(labels.numpy().tobytes() + content).hexdigest()[:8]
+    splits = [[x if isinstance(x, list) else x.to(device) for x in split] for split in splits]
+    return Data(*splits, sides[0], len(names[0]), list(mean), list(std),
+                f"{len(labels)} images, {len(names[0])} classes, {sides[0]} pixels, {digest}")
 
 
 def data_for(checkpoint, args, machine):
-    """The `Data` of a checkpoint, loaded once for all in a row that share them. Raises Refused if
-    they are not what its network was trained on."""
+    """The `Data` of a checkpoint. Raises Refused if they are not what its network was trained on.
+    """
     recipe, known = checkpoint["recipe"], checkpoint["settings"]["data"]
     data_dir = args.data_dir or checkpoint["data_dir"]
-    key = data_dir, known, recipe["test_subset"]
-    if key not in _loaded:
-        data = load_data(recipe, data_dir, machine.device)
-        if fingerprint(data) != known:
-            raise Refused(f"argument --data-dir: {data_dir} holds {fingerprint(data)}, but the "
-                          f"network was trained on {known}")
-        _loaded.clear()
-        _loaded[key] = data
-    return _loaded[key]
-
-
-def fingerprint(data):
-    """What the training data are, as text: large images count by their folder and name, small ones
-    by their pixels."""
-    images, labels = data.train
-    if isinstance(images, list):
-        content = "".join("/".join(re.split(r"[/\\]", p)[-2:]) for p in images).encode()
-    else:
-        content = images.cpu().numpy().tobytes()
-    digest = hashlib.sha256(labels.cpu().numpy().tobytes() + content).hexdigest()[:8]
-    return f"{len(labels)} images, {data.classes} classes, {data.side} pixels, {digest}"
+    data = load_data(recipe["dataset"], data_dir, recipe["subset"], recipe["test_subset"],
+                     machine.device)
+    if data.fingerprint != known:
+        raise Refused(f"argument --data-dir: {data_dir} holds {data.fingerprint}, but the network "
+                      f"was trained on {known}")
+    return data
 
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -484,21 +469,13 @@ def the_machine(args, place=None):
     """The `Machine` of the command line; joins the process group when started by torchrun.
 
     place: which of the accelerators, if there are several (default: torchrun's local rank)."""
-    rank, world, local = (os.environ.get(*k) for k in
-                          (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
-    if not (rank + world + local).isdecimal() or int(rank) >= int(world):
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if rank >= world:
         raise Refused(f"environment: RANK={rank} of WORLD_SIZE={world}: start with torchrun, which "
                       "sets them, or unset them")
-    rank, world, local = int(rank), int(world), int(local)
-    gpus = torch.accelerator.device_count()
-    found = torch.accelerator.current_accelerator() if gpus else "cpu"
-    try:
-        device = torch.device(args.device or found)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError):
-        raise Refused(f"argument --device: {args.device!r} is not here; leave it out, or "
-                      "cpu") from None
-    if gpus and device.type != "cpu" and device.index is None:
+    device, gpus = torch.device(args.device), torch.accelerator.device_count()
+    if device.type != "cpu":
         torch.accelerator.set_device_index((local if place is None else place) % gpus)
     # glibc hands every large tensor's memory back and faults it in again: a tenth of a CPU's step.
     with contextlib.suppress(OSError, TypeError, AttributeError):        # another system's library
@@ -520,12 +497,10 @@ def the_machine(args, place=None):
 def provenance(device):
     """What else decides the bits of a result, for the record: among it the git commit of this code,
     with -dirty if it was changed since (empty outside a clone)."""
-    git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
+    commit, git = "", ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    with contextlib.suppress(OSError):
         commit = subprocess.run(git, cwd=os.path.dirname(os.path.abspath(__file__)), text=True,
                                 capture_output=True).stdout.strip()
-    except OSError:
-        commit = ""
     name = (torch.cuda.get_device_name() if device.type == "cuda" else
             f"{device.type}, {torch.backends.cpu.get_cpu_capability()}")
     return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__),
@@ -564,22 +539,18 @@ def the_recipe(args):
     base = RECIPES[args.dataset]
     recipe = {key: base[key] if getattr(args, key) is None else getattr(args, key) for key in
               ("schedule", "epochs", "batch_size", "lr", "momentum", "weight_decay", "milestones")}
-    if args.epochs == 0:             # the weights are torchvision's, trained by this recipe
-        recipe["epochs"] = base["epochs"]
-    recipe |= {"dataset": args.dataset, "arch": args.arch, "seed": args.seed, "subset": args.subset,
+    recipe |= {"epochs": recipe["epochs"] or base["epochs"],     # 0: torchvision's weights, trained
+               "dataset": args.dataset, "arch": args.arch, "seed": args.seed, "subset": args.subset,
                "test_subset": None, "pretrained": args.pretrained}
     if args.dry_run:
         recipe |= {**TINY, "epochs": min(recipe["epochs"], 2)}
-    total = recipe["epochs"]
-    if recipe["schedule"] != "step":
-        if args.milestones:
-            raise Refused(f"argument --milestones: belongs to --schedule step, not {args.schedule}")
-        recipe["milestones"] = []
-    elif args.milestones is None:
+    total, step = recipe["epochs"], recipe["schedule"] == "step"
+    if args.milestones is None:
         scaled = {max(1, m * total // base["epochs"]) for m in base["milestones"]}
-        recipe["milestones"] = sorted(m for m in scaled if m < total)
-    elif args.milestones != sorted({m for m in args.milestones if m < total}):
-        raise Refused(f"argument --milestones: must ascend, below the {total} epochs of the run")
+        recipe["milestones"] = sorted(m for m in scaled if m < total) if step else []
+    elif args.milestones != sorted({m for m in args.milestones if m < total and step}):
+        raise Refused("argument --milestones: must ascend, below the epochs of the run "
+                      f"({total}), and belongs to --schedule step")
     return recipe
 
 
@@ -590,13 +561,12 @@ def initial(recipe, classes):
     if not recipe["pretrained"]:
         return models.build(arch, classes, recipe["seed"])
     from torchvision.models import get_model
-    if arch not in models.IMAGENET or classes != 1000:
-        raise Refused("argument --pretrained: torchvision has weights of "
-                      f"{', '.join(models.IMAGENET)} for 1000 classes, not of {arch} for {classes}")
     try:
+        if arch not in models.IMAGENET or classes != 1000:
+            raise OSError(f"there are some of {', '.join(models.IMAGENET)} for 1000 classes")
         return get_model(arch, weights="IMAGENET1K_V1")
     except (OSError, RuntimeError) as problem:
-        raise Refused("argument --pretrained: the weights could not be downloaded "
+        raise Refused(f"argument --pretrained: no weights of {arch} for {classes} classes "
                       f"({problem})") from None
 
 
@@ -613,12 +583,12 @@ def train(args, machine):
     target, state = os.path.join(folder, "dense.pt"), os.path.join(folder, "dense.state.pt")
     with torch.device("meta"):
         models.build(args.arch, 10)                  # refuses unknown names before data are loaded
-    data = load_data(recipe, data_dir, machine.device)
-    settings = {**recipe, "precision": "bf16" if machine.bf16 else "fp32",
-                "data": fingerprint(data)}
+    data = load_data(args.dataset, data_dir, recipe["subset"], recipe["test_subset"],
+                     machine.device)
+    settings = {**recipe, "precision": "bf16" if machine.bf16 else "fp32", "data": data.fingerprint}
     network = initial(recipe, data.classes)
     try:
-        counts = models.count(network, data.side)
+        parameters, macs = models.count(network, data.side)
     except RuntimeError:
         raise Refused(f"argument --arch: {args.arch} cannot take images of {data.side} pixels"
                       ) from None
@@ -629,11 +599,10 @@ def train(args, machine):
             if machine.rank == 0 and os.path.exists(state):
                 os.remove(state)
             return say(f"{target}: done already, test {done['test_accuracy']:.2f} %")
-        at = f", x0.1 at {' '.join(map(str, recipe['milestones']))}" * bool(recipe["milestones"])
-        say(f"{args.arch} on {args.dataset} ({len(data.train[1])} training, {len(data.test[1])} "
-            f"test images, {data.classes} classes): {summary(network, data.side)}; "
-            f"{recipe['epochs']} epochs{at}; {machine.device}, {settings['precision']}")
-        every = args.snapshot_every or max(1, recipe["epochs"] // 18)
+        say(f"{args.arch} on {args.dataset} ({data.fingerprint}; {len(data.test[1])} test images): "
+            f"{summary(network, data.side)}; {recipe['epochs']} epochs, x0.1 at "
+            f"{recipe['milestones']}; {machine.device}, {settings['precision']}")
+        every = max(1, recipe["epochs"] // 18)            # counted from the end, as budgets are
         keep = range(recipe["epochs"] % every or every, recipe["epochs"], every)
         steps = math.ceil(len(data.train[1]) / recipe["batch_size"])
         curve, seconds = [], 0.0
@@ -650,7 +619,7 @@ def train(args, machine):
                 "kind": "dense", "arch": args.arch, "classes": data.classes, "side": data.side,
                 "mean": data.mean, "std": data.std, "data_dir": data_dir, "recipe": recipe,
                 "settings": settings, "test_accuracy": accuracy, "dense_test_accuracy": accuracy,
-                "dense_params": counts[0], "dense_macs": counts[1], "curve": curve,
+                "dense_params": parameters, "dense_macs": macs, "curve": curve,
                 "seconds": seconds, **provenance(machine.device), "model": network.state_dict()})
             if curve:
                 os.remove(state)
@@ -667,11 +636,12 @@ def parser(doc, files=""):
 
 def machine_flags(flags):
     """The flags with which train.py, prune.py and retrain.py say where and how to compute."""
+    gpu = torch.accelerator.current_accelerator() if torch.accelerator.device_count() else None
+    devices = [gpu.type, "cpu"] if gpu else ["cpu"]
     add = flags.add_argument_group("machine").add_argument
     add("--data-dir", help="the images (default: data, or as in the checkpoint)")
-    add("--device", help="default: the GPU that torch finds, else cpu")
-    add("--precision", choices=("bf16", "fp32"),
-        help="default: bf16 on a CUDA GPU with it, else fp32")
+    add("--device", choices=devices, default=devices[0], help=f"default {devices[0]}")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on a CUDA GPU with it, or fp32")
     add("--compile", action="store_true", help="use torch.compile (default: off)")
     add("--workers", type=number(int, 0, 256), default=2, help="to decode large images (default 2)")
     add("--deterministic", action="store_true", help="same bits on a GPU too (default: off)")
@@ -682,18 +652,21 @@ def command(main):
     """Run `main()`; turn input that cannot be used, and a disk that fails, into one line, status 2.
     Ctrl-C ends it with status 130."""
     sys.stdout.reconfigure(errors="backslashreplace")        # a file's name may be any bytes
+    status = 0
     try:
         main()
     except (Refused, OSError) as problem:
-        text = " ".join(str(problem).split())
+        text, status = " ".join(str(problem).split()), 2
         print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
-        raise SystemExit(2) from None
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from here")
-        raise SystemExit(130) from None
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        status = 130
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(status)     # DDP leaves gloo's threads, on which Python's own end sometimes aborts
+    if status:
+        raise SystemExit(status)
 
 
 def main(argv=None):
@@ -713,10 +686,8 @@ def main(argv=None):
     add("--schedule", choices=schedules.DENSE)
     add("--milestones", type=number(int, 1), nargs="*", help="epochs of its x0.1 drops (step)")
     add("--lr", type=number(float, 1e-9), help="its largest value, LR_max")
-    add("--momentum", type=number(float, 0, 1, below=True))
+    add("--momentum", type=number(float, 0, 0.9999))
     add("--weight-decay", type=number(float, 0))
-    add("--snapshot-every", type=number(int, 1), metavar="K",
-        help="for weight_rewind: keep the state K, 2K, … epochs before the end (default T/18)")
     machine_flags(flags)
     args = flags.parse_args(argv)
     if args.epochs == 0 and not args.pretrained:
