@@ -118,7 +118,7 @@ def initialise(network, seed):
 
 
 def resize(network, state):
-    """Give `network`, in place, the tensors of `state` and so their widths; returns it in eval mode.
+    """Give `network` the tensors of `state` and so their widths; returns it, in eval mode.
 
     state: {name: tensor} as of `network.state_dict()`, filters taken out by `shrink`."""
     for name, value in state.items():
@@ -174,9 +174,9 @@ def prunable(network):
     # Grouped convs, or a Linear that reads several pixels of a filter, have other columns.
     if not units or any(network.get_submodule(u.reader).weight.shape[1]
                         != network.get_submodule(u.conv).out_channels for u in units):
-        raise Refused(f"{type(network).__name__}: its filters cannot be removed here. Supported: "
-                      "this project's ResNets and VGG-16, torchvision's ResNets without grouped "
-                      "convs, not wrapped (DataParallel: .module); for others use Torch-Pruning")
+        raise Refused(f"{type(network).__name__}: its filters cannot be removed here, only those "
+                      "of models.build and of torchvision's ResNets without grouped convs; unwrap "
+                      "a DataParallel (.module), and for others use Torch-Pruning")
     return units
 
 
@@ -229,8 +229,7 @@ def save(path, checkpoint):
         if isinstance(value, dict):
             return {k: on_cpu(v) for k, v in value.items()}
         if isinstance(value, torch.Tensor) and not value.isfinite().all():
-            raise Refused(f"{path}: not written, its weights are not finite; a smaller --lr may "
-                          "help")
+            raise Refused(f"{path}: not written, its weights are not finite; try a smaller --lr")
         return value.detach().cpu() if isinstance(value, torch.Tensor) else value
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **on_cpu(checkpoint)}, buffer)
@@ -253,8 +252,7 @@ def read(path, *kinds):
     except Exception:             # torch raises a dozen kinds, all with one meaning here
         known = False
     if not known:
-        raise Refused(f"{path}: not a checkpoint of this project (format {FORMAT}), or damaged; "
-                      "write it again")
+        raise Refused(f"{path}: not a checkpoint of format {FORMAT}, or damaged; write it again")
     if kinds and checkpoint["kind"] not in kinds:
         raise Refused(f"{path}: is a {checkpoint['kind']} checkpoint, not {' or '.join(kinds)}")
     return checkpoint

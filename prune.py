@@ -120,8 +120,7 @@ def filters_to_keep(network, shares, skipped=()):
         return {u.conv: min(w, width[u.conv]) for u, w in zip(units, shares)}
     stages = units[-1].stage
     if len(shares) not in (1, stages):
-        raise Refused(f"argument --sparsity: {len(shares)} values, but this network has {stages} "
-                      f"stages; give 1 or {stages}")
+        raise Refused(f"argument --sparsity: {len(shares)} values; give 1 or {stages}, one a stage")
     shares = list(shares) * (stages if len(shares) == 1 else 1)
     # 1e-9: 10 * (1 - 0.9) is 0.99…98 in floating point and means 1.
     return {u.conv: width[u.conv] if u.number in skipped else
@@ -191,11 +190,10 @@ def plan_of(how, arch):
     """The arguments of `filters_to_keep` that a way of pruning means for `arch`."""
     if not how["plan"]:
         return (how["sparsity"],)
-    plans = PLANS.get(arch, {})
-    if how["plan"] not in plans:
-        known = f"known: {' '.join(plans)}" if plans else f"plans exist for {', '.join(PLANS)}"
-        raise Refused(f"argument --plan: no plan {how['plan']} for {arch}; {known}")
-    return plans[how["plan"]]
+    if how["plan"] not in PLANS.get(arch, ()):
+        known = ", ".join(f"{name} {''.join(plans)}" for name, plans in PLANS.items())
+        raise Refused(f"argument --plan: no plan {how['plan']} for {arch}; known: {known}")
+    return PLANS[arch][how["plan"]]
 
 
 def prune(checkpoint, how, calibration=None):
@@ -292,8 +290,7 @@ def target_of(source, checkpoint, how):
     overwrite something else."""
     earlier = checkpoint.get("pruning", how)["structure"]
     if earlier != how["structure"]:
-        raise Refused(f"{source}: its {earlier} are pruned; --structure {how['structure']} cannot "
-                      "go on from there")
+        raise Refused(f"{source}: its {earlier} are pruned; go on with --structure {earlier}")
     if how["structure"] == "filters":
         filters_to_keep(models.restore(checkpoint), *plan_of(how, checkpoint["arch"]))
     stem = "" if checkpoint["kind"] == "dense" else os.path.basename(source)[:-3] + "--"
@@ -307,18 +304,16 @@ def target_of(source, checkpoint, how):
 
 def main(argv=None):
     flags = train.parser(__doc__, "[CHECKPOINT ...] ")
-    add = flags.add_argument_group("run").add_argument
+    add = flags.add_argument
     add("checkpoint", nargs="*", metavar="CHECKPOINT", help="runs/shapes-resnet8-s0/dense.pt")
     add("--seed", type=number(int, 0), default=0, help="of random and of the images (default 0)")
-    add = flags.add_argument_group("method").add_argument
     add("--method", nargs="+", choices=METHODS, default=["magnitude", "random"], metavar="NAME",
         help=f"{' '.join(METHODS)} (default magnitude random)")
     add("--structure", choices=("filters", "weights"), default="filters", help="default filters")
     add("--sparsity", nargs="+", type=number(float, 0, 0.9999), metavar="P",
         help="share to remove (default 0.5); filters: one, or one for each stage")
     add("--plan", choices=("A", "B", "C", "D", "I"), help="the paper's, for filters (default none)")
-    add("--scope", choices=("layer", "global"), help="what is ranked together (default: filters in "
-        "their layer, weights globally)")
+    add("--scope", choices=("layer", "global"), help="of ranks (filters: layer, weights: global)")
     add("--include-linear", action="store_true", help="weights: Linear layers too (default: no)")
     add("--calibration-images", type=number(int, 1), default=640, metavar="N",
         help="for taylor, obd and hrank (default 640)")

@@ -87,9 +87,8 @@ def rewound(run, checkpoint):
     path = train.snapshot_path(run.path, epoch)
     if not os.path.exists(path):
         kept = sorted(glob.glob(os.path.join(os.path.dirname(path), "epoch-*.pt")))
-        raise Refused(f"argument --schedule: weight_rewind with {run.epochs} epochs needs {path}, "
-                      f"which was not kept (but {' '.join(map(os.path.basename, kept)) or 'none'}"
-                      ")")
+        raise Refused(f"argument --schedule: weight_rewind with {run.epochs} epochs needs {path}; "
+                      f"there is {' '.join(map(os.path.basename, kept)) or 'none'}")
     snapshot = models.read(path, "state")
     train.same_run(checkpoint["settings"], snapshot["settings"], path)
     return snapshot["model"], snapshot["momentum"]
@@ -119,9 +118,8 @@ def retrain(run, round, checkpoint, data, args, machine, send):
     """One retraining: start weights, schedule, the loop; writes the retrained network and, in the
     same file, its row. Returns that file's path; what is there already is not trained again."""
     settings, name = settings_of(run, round, checkpoint, args, machine)
-    beside = os.path.join(os.path.dirname(run.path), name)
-    target, state = beside + ".pt", beside + ".state.pt"
-    if not os.path.exists(target):
+    target = os.path.join(os.path.dirname(run.path), name + ".pt")
+    if not os.path.exists(target) or models.read(target)["kind"] == "state":
         steps = math.ceil(len(data.train[1]) / settings["batch_size"])
         network, momentum, masks = start(run, checkpoint)
         schedule = schedules.retrain(
@@ -129,7 +127,7 @@ def retrain(run, round, checkpoint, data, args, machine, send):
             settings["end_lr"], args.cycle_momentum, checkpoint["distance"], checkpoint["removed"])
         for curve, seconds in train.fit(
                 network, data, schedule, {**settings, "data": checkpoint["settings"]["data"]},
-                machine, state, masks, momentum):
+                machine, target, masks, momentum):
             send("epoch", name, curve[-1], settings["epochs"])
         if machine.rank == 0:
             models.save(target, {
@@ -138,8 +136,6 @@ def retrain(run, round, checkpoint, data, args, machine, send):
                 "row": row_of(settings, checkpoint, curve, seconds, name, machine)})
         if machine.world > 1:
             torch.distributed.barrier()
-    if machine.rank == 0 and os.path.exists(state):
-        os.remove(state)
     return target
 
 
@@ -197,8 +193,8 @@ def read_rows(folder):
                 raise ValueError
             rows[row["run"]] = row
         except (ValueError, RecursionError, KeyError, TypeError):
-            raise Refused(f"{path}: line {i} is not a result row of format {models.FORMAT}; "
-                          "remove it") from None
+            raise Refused(f"{path}: line {i} is no row of format {models.FORMAT}; remove it"
+                          ) from None
     return rows
 
 
@@ -511,8 +507,8 @@ def report(rows):
         f"{'; '.join(made)}.", "", table(every), "## Claims", "",
         "Paired over dense networks and seeds; the interval is Student's t at 95 %, each claim by "
         "itself: of twenty undecided ones, one will look decided by chance.", "", claims(every),
-        "## Test accuracy by epoch", "",
-        "The dip while the learning rate is large is normal: compare the ends.", "", pictures(rows)])
+        "## Test accuracy by epoch", "", "The dip while the learning rate is large is "
+        "normal: compare the ends.", "", pictures(rows)])
 
 
 def write_report(folders):
@@ -555,25 +551,21 @@ def runs_of(args, machine):
 
 def main(argv=None):
     flags = train.parser(__doc__, "[PRUNED ...] ")
-    add = flags.add_argument_group("run").add_argument
+    add = flags.add_argument
     add("checkpoint", nargs="*", metavar="PRUNED", help="default: all of the default run")
     add("--seed", nargs="+", type=number(int, 0), default=[0, 1, 2], help="default 0 1 2")
     add("--jobs", type=number(int, 1, 1024), help="runs at once (default: cores; on a GPU 1)")
     add("--report", nargs="+", metavar="DIR", help="only make DIR/report.md again, from the rows")
-    add = flags.add_argument_group("method").add_argument
     add("--schedule", nargs="+", choices=EVERY, default=DEFAULT, metavar="NAME",
-        help=f"{' '.join(EVERY)}; scratch_e trains T + t epochs, scratch_b as many MACs as the "
-             f"dense run (default {' '.join(DEFAULT)})")
+        help=f"{' '.join(EVERY)} (default {' '.join(DEFAULT)})")
     add("--epochs", nargs="+", type=number(int, 1, 10 ** 6), metavar="t",
         help="budgets (default: the recipe's share of T, a quarter for CIFAR)")
-    add("--lr", type=number(float, 1e-9), help=f"LR_max of {', '.join(schedules.TAKE_LR)} "
-        "(default: the dense run's)")
-    add("--end-lr", type=number(float, 0), help="the last learning rate of "
-        f"{', '.join(schedules.TAKE_END_LR)} (default: as published)")
+    add("--lr", type=number(float, 1e-9), help="in place of LR_max (default: the dense run's)")
+    add("--end-lr", type=number(float, 0), help="the last one, but of slr (default: as published)")
     add("--no-cycle-momentum", dest="cycle_momentum", action="store_false",
         help="one_cycle holds the momentum (default: cycles it, as published)")
     add("--rounds", type=number(int, 1, 1000), default=1, metavar="K",
-        help="retrain and prune K times, each from the last one's weights (default 1)")
+        help="retrain and prune by as much again, K times (default 1)")
     train.machine_flags(flags)
     args = flags.parse_args(argv)
     for flag, given, takers in (("--lr", args.lr is not None, schedules.TAKE_LR),

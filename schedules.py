@@ -122,7 +122,7 @@ def retrain(name, epochs, steps_per_epoch, recipe=None, lr=None, end_lr=None, cy
             distance=1.0, removed=1.0):
     """A retraining schedule as a function `step -> (lr, momentum)`, step from 0 to epochs*S - 1.
 
-    name: one of RETRAIN. epochs: the budget t. recipe: what is known of the dense run (see `dense`);
+    name: one of RETRAIN. epochs: the budget t. recipe: what is known of the dense run (`dense`);
     with `lr`, one_cycle and linear need none, finetune with `end_lr` neither. lr replaces LR_max
     (TAKE_LR), end_lr the last learning rate (TAKE_END_LR): LR_min for finetune, LR_max/10,000 for
     one_cycle, 0 for the linear ones. distance, removed: see `adaptive_peak`.

@@ -698,10 +698,10 @@ def bad_weights(real, network, *rest):
     return torch.tensor(1.0), torch.tensor(1)
 
 
-STEP, SAVE, SYNC, REMOVE = (train, "train_step"), (models, "save"), (os, "fsync"), (os, "remove")
+STEP, SAVE, SYNC = (train, "train_step"), (models, "save"), (os, "fsync")
 STOP, KILL = signal.SIGINT, getattr(signal, "SIGKILL", 9)
 SAID = {STOP: "goes on from here", fails: "No space", bad_loss: "the loss is not finite in ep",
-        bad_weights: "its weights are not finite; a smaller --lr may help"}
+        bad_weights: "its weights are not finite; try a smaller --lr"}
 
 
 @pytest.mark.parametrize("name, pruned, where, number, how, done", [
@@ -710,7 +710,7 @@ SAID = {STOP: "goes on from here", fails: "No space", bad_loss: "the loss is not
     ("dense", None, SYNC, 2, fails, 1), ("dense", None, STEP, 7, bad_loss, 1),
     ("dense", None, STEP, 9, bad_weights, 1), ("one_cycle", "weights", STEP, 7, STOP, 1),
     ("weight_rewind", "filters", STEP, 5, KILL, 1), ("weight_rewind", "weights", STEP, 3, STOP, 0),
-    ("slr", "filters", REMOVE, 0, STOP, 2), ("scratch_e", "weights", STEP, 11, STOP, 2)])
+    ("slr", "filters", SAVE, 2, KILL, 2), ("scratch_e", "weights", STEP, 11, STOP, 2)])
 def test_the_same_command_goes_on(tmp_path, name, pruned, where, number, how, done):
     """Bitwise. It ends at call `number` of `where`, with `done` epochs on the disk."""
     argv, whole = command(tmp_path, name, pruned), undisturbed(command, name, pruned)
@@ -724,12 +724,12 @@ def test_the_same_command_goes_on(tmp_path, name, pruned, where, number, how, do
             status, out, err = call(*argv)
             assert status == (130 if how is STOP else 2) and SAID[how] in out + err
             assert err.count("\n") == (how is not STOP)
-    states = [models.read(p) for p in tmp_path.glob("run/*.state.pt")]
-    assert sum(len(s["curve"]) for s in states) == done
+    states = [models.read(p) for p in tmp_path.glob("run/*.pt") if "epoch-" not in p.name]
+    assert sum(len(s["curve"]) for s in states if s["kind"] == "state") == done
     with nth(*STEP, None) as steps:
         ok(*argv)
     assert len(steps) == 5 * ({"dense": 3, "scratch_e": 5}.get(name, 2) - done)
-    assert not list(tmp_path.glob("run/*.state.pt")) and not list(tmp_path.glob("run/*.tmp"))
+    assert not list(tmp_path.glob("run/*.tmp"))
     assert content(tmp_path / "run") == whole
 
 
@@ -739,16 +739,16 @@ def test_another_setting_and_a_second_process_are_refused(tmp_path):
         assert call(*argv)[0] == 130
     with train.working_in(tmp_path / "run", CPU):
         assert "/run: another train.py or retrain.py works in this folder" in call(*argv)[2]
-    for state in ("dense.state.pt", "dense.pt"):
+    for step in (1, 11):                                             # unfinished, finished
         before = listing(tmp_path)
         for change in ("--lr 1", "--epochs 4", "--subset 8", "--batch-size 5", "--seed 1",
                        "--schedule cosine --milestones", "--weight-decay .1", "--momentum .5",
                        "--precision bf16", "--arch resnet14", "--milestones 1",
-                       f"--data-dir {HOME}/other")[::1 if "state" in state else 11]:
+                       f"--data-dir {HOME}/other")[::step]:
             status, _, err = call(*argv, *change.split())
             name = change.split()[0][2:].replace("-", "_").replace("_dir", "")
             assert status == 2 and err.count("\n") == 1 and f" {name} (here " in err
-            assert f"run/{state}: belongs to another run" in err and listing(tmp_path) == before
+            assert "run/dense.pt: belongs to another run" in err and listing(tmp_path) == before
         ok(*argv)
 
 
@@ -770,8 +770,8 @@ def test_rounds_prune_and_retrain_in_one_call(tmp_path):
     before = listing(tmp_path)
     with pytest.raises(Refused, match="0.999999 of 74160 weights: 0 are .* one has to be left"):
         pruned(dense_checkpoint(), "weights", 0.999999)
-    assert re.search(r"weight_rewind with 2 epochs needs \S+/epoch-001.pt, which was not kept "
-                     r"\(but epoch-002.pt\)", call(*argv)[2]) and listing(tmp_path) == before
+    assert re.search(r"weight_rewind with 2 epochs needs \S+/epoch-001.pt; there is "
+                     "epoch-002.pt", call(*argv)[2]) and listing(tmp_path) == before
 
 
 def test_rows_survive_a_crash(tmp_path):
@@ -788,7 +788,7 @@ def test_rows_survive_a_crash(tmp_path):
     for text, number in ((whole[:-20] + b"\n", 2), (first + other + second, 2), (other, 1), *(
             (line + b"\n" + whole, 1) for line in (b"[]", b"\xff", b"[" * 99_999, b'{"run": 1}'))):
         path.write_bytes(text)
-        said = f" error: {path}: line {number} is not a result row of format 2; remove it\n"
+        said = f" error: {path}: line {number} is no row of format 2; remove it\n"
         assert call(*argv)[2].endswith(said) and path.read_bytes() == text
 
 
@@ -808,7 +808,7 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(tmp_path, monkeypatch):
                  *(whole[:i] for i in (0, 31, 32, 33, n - 33, n - 32, n - 1)), sealed(hostile),
                  sealed(hostile, False), sealed({"format": 1, "kind": "dense"})):
         Path("x.pt").write_bytes(data)
-        with pytest.raises(Refused, match="^x.pt: not a checkpoint of this .* or damaged;"):
+        with pytest.raises(Refused, match="^x.pt: not a checkpoint of format 2, or damaged;"):
             models.read("x.pt")
     seen, rename = [], os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: seen.append(os.fstat(fd).st_size))
@@ -826,21 +826,22 @@ must be a whole|train --epochs 1.5;train --batch-size 1;train --workers 999;retr
 must be a number|train --lr nan;train --lr 0;train --momentum 1;prune --sparsity 1;schedules --lr x
 invalid choice|train --dataset mnist;prune --method best;retrain --schedule b;train --precision int8
 unrecognized|train --colour red;train x.pt;schedules x;train --epoch 3;train --resume
-(unknown n|epochs of the run .16)|train --arch resnet9;train --arch resnet08;train --milestones 8 16;TWICE
+(unknown n|the run .16)|train --arch resnet9;train --arch resnet08;train --milestones 8 16;TWICE
 (belongs to --schedule step|0 needs --pretr)|train --milestones 1 --schedule cosine;train --epochs 0
-(invalid choice: 'tpu'|1000 cl|one has too few)|train --device tpu;train --pretrained;SUBSET
+(invalid choice: 'tpu'|1000 cl|a class has too few)|train --device tpu;train --pretrained;SUBSET
 no such checkpoint|train --evaluate no.pt;prune run/dense.pt no.pt;prune;retrain no.pt;prune sets
 (or damaged|is a (state|dense))|prune x.pt;train --evaluate run/epoch-001.pt;retrain run/dense.pt
 was pruned otherwise, or from another|OTHERWISE
-(is for |no plan B)|DENSE --plan B --sparsity .5;DENSE --plan B --structure weights;DENSE --include-linear;DENSE --plan B
-(3 stages|one value|hrank)|DENSE --sparsity .1 .2;WEIGHTS --sparsity .1 .2;WEIGHTS --method hrank
+is for filters|DENSE --plan B --sparsity .5;DENSE --plan B --structure weights
+(is for --structure weights|no plan B)|DENSE --include-linear;DENSE --plan B
+(1 or 3, one a stage|one value|hrank)|DENSE --sparsity .1 .2;WEIGHTS --sparsity .1 .2;WEIGHTS --method hrank
 (weights are pruned|zero already .sp)|prune run/weights.pt;WEIGHTS --sparsity .1
 name no (checkpoint|file)|DENSE --dry-run;retrain run/filters.pt --dry-run
 ignore it|retrain --schedule finetune --lr 1;retrain --schedule slr --end-lr 1 --no-cycle-momentum
 (no finished runs|no pruned checkpoint is there)|retrain --report sets;retrain
 has no (training|test) images|FOLDER nowhere;FOLDER sets/notest
 (not a readable image|has 16 bits a channel)|FOLDER sets/corrupt;FOLDER sets/deep
-(is 9 x 8 pixels; all .* square|differ, in class 'b')|FOLDER sets/wide;FOLDER sets/names
+(square and .* not 9 x 8|differ, in class 'b')|FOLDER sets/wide;FOLDER sets/names
 10 images, .* but the network was trained on|DENSE --data-dir OTHER
 """
 
@@ -923,7 +924,7 @@ def test_two_workers_and_a_killed_parent_end_with_the_rows_of_one_process(tmp_pa
     assert any(" 1/9 " in line for line in process.stdout)
     process.kill()
     process.communicate(timeout=300)            # the output ends when all who can write have ended
-    assert list(tmp_path.glob("run/*.state.pt"))
+    assert "state" in {models.read(path)["kind"] for path in tmp_path.glob("run/*-t9-*.pt")}
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = ok(*four_runs(tmp_path, 2))
     assert 1 < out.count(" 9/9 ") <= 4 and content(tmp_path / "run") == undisturbed(four_runs, 1)

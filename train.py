@@ -54,22 +54,21 @@ LARGEST_RESIDENT = 64   # pixels a side; larger images are decoded on the fly at
 
 # ---- the loop ------------------------------------------------------------------------------------
 
-def fit(network, data, schedule, settings, machine, state_path, masks=None, momentum=None,
-        keep=()):
+def fit(network, data, schedule, settings, machine, path, masks=None, momentum=None, keep=()):
     """Train `network` in place: the one loop, for dense training and every retraining.
 
     A generator: after each epoch it yields (curve, seconds), a dict for each epoch so far and the
     time they took. schedule: step -> (lr, momentum). settings: dict of plain values that define the
     run, of which the loop uses epochs, batch_size, weight_decay and seed. masks: {weight name: bool
     tensor}, False stays exactly 0. momentum: {parameter name: buffer} to start from (weight
-    rewinding). state_path: written after each epoch and, if it is there, gone on from; after the
-    epochs in `keep` also kept as a snapshot beside it.
+    rewinding). path: where the state is written after each epoch and gone on from if it is there,
+    until the caller puts the result in its place; after the epochs in `keep` also kept beside it.
     Raises Refused on a loss or weights that are not finite and on a state of another run.
     """
     curve, seconds = [], 0.0
-    if os.path.exists(state_path):
-        state = models.read(state_path, "state")
-        same_run(settings, state["settings"], state_path)
+    if os.path.exists(path):
+        state = models.read(path, "state")
+        same_run(settings, state["settings"], path)
         network.load_state_dict(state["model"])
         momentum, curve, seconds = state["momentum"], state["curve"], state["seconds"]
         yield curve, seconds
@@ -96,16 +95,15 @@ def fit(network, data, schedule, settings, machine, state_path, masks=None, mome
             hits.append(right * bool(counted))
         losses, hits = together(network, torch.stack(losses), torch.stack(hits), machine)
         if not losses.isfinite().all():
-            raise Refused(f"the loss is not finite in epoch {epoch + 1}: a smaller --lr may help; "
-                          "the state after the last good epoch is kept")
+            raise Refused(f"the loss is not finite in epoch {epoch + 1}; try a smaller --lr")
         curve.append({"epoch": epoch + 1, "lr": schedule(epoch * steps)[0],
                       "train_loss": losses.double().sum().item() / count,
                       "train_accuracy": 100 * hits.sum().item() / count,
                       "test_accuracy": evaluate(network, data, machine)})
         seconds += time.perf_counter() - began
         if machine.rank == 0:
-            for path in [snapshot_path(state_path, epoch + 1)] * (epoch + 1 in keep) + [state_path]:
-                models.save(path, {
+            for file in [snapshot_path(path, epoch + 1)] * (epoch + 1 in keep) + [path]:
+                models.save(file, {
                     "kind": "state", "settings": settings, "curve": curve, "seconds": seconds,
                     "model": network.state_dict(),
                     "momentum": {name: optimizer.state[parameter]["momentum_buffer"]
@@ -167,9 +165,9 @@ def together(network, losses, hits, machine):
     return losses.cpu(), hits.cpu()
 
 
-def snapshot_path(state_path, epoch):
+def snapshot_path(path, epoch):
     """Where the state after `epoch` epochs of a dense run is kept for weight rewinding."""
-    return os.path.join(os.path.dirname(state_path), f"epoch-{epoch:03d}.pt")
+    return os.path.join(os.path.dirname(path), f"epoch-{epoch:03d}.pt")
 
 
 def same_run(wanted, found, path):
@@ -177,8 +175,8 @@ def same_run(wanted, found, path):
     differ = [f"{k} (here {wanted.get(k)!r}, there {found.get(k)!r})"
               for k in {**wanted, **found} if wanted.get(k) != found.get(k)]
     if differ:
-        raise Refused(f"{path}: belongs to another run; it differs in {', '.join(differ)}. "
-                      "--out DIR takes another folder; or remove this file")
+        raise Refused(f"{path}: belongs to another run, with another {', '.join(differ)}; "
+                      "remove this file or take another folder (--out)")
 
 
 def describe(point, epochs):
@@ -345,8 +343,8 @@ def split_of(name, data_dir, training):
         try:
             found = getattr(datasets, name.upper())(data_dir, training, download=True)
         except (OSError, RuntimeError) as problem:
-            raise Refused(f"argument --data-dir: {name} is not in {data_dir} and could not be "
-                          f"downloaded ({problem})") from None
+            raise Refused(f"argument --data-dir: no {name} in {data_dir}, nor a download: {problem}"
+                          ) from None
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2)
         return images, np.array(found.targets), found.classes
     for folder in ("train",) if training else ("test", "val"):
@@ -364,7 +362,7 @@ def balanced(labels, count):
     chosen = np.concatenate([order[labels[order] == c][:count // classes + (c < count % classes)]
                              for c in range(classes)])
     if len(chosen) < count:
-        raise Refused(f"argument --subset: {count} images, evenly of all classes: one has too few")
+        raise Refused(f"argument --subset: a class has too few images for {count} evenly of all")
     return np.sort(chosen)
 
 
@@ -388,8 +386,8 @@ def resident(paths):
         arrays = list(pool.map(lambda path: np.asarray(decode(path)), paths))
     for path, array in zip(paths, arrays):
         if array.shape != arrays[0].shape or array.shape[0] != array.shape[1]:
-            raise Refused(f"{path}: is {array.shape[1]} x {array.shape[0]} pixels; all images must "
-                          f"be square and of one size, like {paths[0]}")
+            raise Refused(f"{path}: all images must be square and of one size, not "
+                          f"{array.shape[1]} x {array.shape[0]}")
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
@@ -479,8 +477,8 @@ def the_machine(args, place=None):
         torch.accelerator.set_device_index((local if place is None else place) % gpus)
     # glibc hands every large tensor's memory back and faults it in again: a tenth of a CPU's step.
     with contextlib.suppress(OSError, TypeError, AttributeError):        # another system's library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 << 20), libc.mallopt(-1, 2 ** 31 - 1)    # M_MMAP_, M_TRIM_THRESHOLD
+        for parameter, value in ((-3, 32 << 20), (-1, 2 ** 31 - 1)):     # M_MMAP_, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, value)
     cuda = device.type == "cuda"
     torch.backends.cudnn.benchmark = cuda and not args.deterministic
     if args.deterministic:
@@ -580,7 +578,7 @@ def train(args, machine):
     """The dense run: writes dense.pt, and the snapshots that weight rewinding needs."""
     recipe, data_dir = the_recipe(args), args.data_dir or "data"
     folder = args.out or (f"runs/{args.dataset}-{args.arch}-s{args.seed}" + "-dry" * args.dry_run)
-    target, state = os.path.join(folder, "dense.pt"), os.path.join(folder, "dense.state.pt")
+    target = os.path.join(folder, "dense.pt")
     with torch.device("meta"):
         models.build(args.arch, 10)                  # refuses unknown names before data are loaded
     data = load_data(args.dataset, data_dir, recipe["subset"], recipe["test_subset"],
@@ -593,11 +591,8 @@ def train(args, machine):
         raise Refused(f"argument --arch: {args.arch} cannot take images of {data.side} pixels"
                       ) from None
     with working_in(folder, machine):
-        if os.path.exists(target):
-            done = models.read(target, "dense")
+        if os.path.exists(target) and (done := models.read(target))["kind"] == "dense":
             same_run(settings, done["settings"], target)
-            if machine.rank == 0 and os.path.exists(state):
-                os.remove(state)
             return say(f"{target}: done already, test {done['test_accuracy']:.2f} %")
         say(f"{args.arch} on {args.dataset} ({data.fingerprint}; {len(data.test[1])} test images): "
             f"{summary(network, data.side)}; {recipe['epochs']} epochs, x0.1 at "
@@ -610,7 +605,7 @@ def train(args, machine):
             accuracy = evaluate(network.to(machine.device), data, machine)
         else:
             for curve, seconds in fit(network, data, schedules.dense(recipe, steps), settings,
-                                      machine, state, keep=keep):
+                                      machine, target, keep=keep):
                 left = seconds / len(curve) * (recipe["epochs"] - len(curve))
                 say(f"{describe(curve[-1], recipe['epochs'])}  {clock(left)} left")
             accuracy = curve[-1]["test_accuracy"]
@@ -621,8 +616,6 @@ def train(args, machine):
                 "settings": settings, "test_accuracy": accuracy, "dense_test_accuracy": accuracy,
                 "dense_params": parameters, "dense_macs": macs, "curve": curve,
                 "seconds": seconds, **provenance(machine.device), "model": network.state_dict()})
-            if curve:
-                os.remove(state)
         say(f"test {accuracy:.2f} % after {len(curve)} epochs, {seconds:.0f} s. Wrote {target}. "
             f"Next: python prune.py {target}")
 
@@ -641,7 +634,7 @@ def machine_flags(flags):
     add = flags.add_argument_group("machine").add_argument
     add("--data-dir", help="the images (default: data, or as in the checkpoint)")
     add("--device", choices=devices, default=devices[0], help=f"default {devices[0]}")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on a CUDA GPU with it, or fp32")
+    add("--precision", choices=("bf16", "fp32"), help="default bf16 on a CUDA GPU with it, or fp32")
     add("--compile", action="store_true", help="use torch.compile (default: off)")
     add("--workers", type=number(int, 0, 256), default=2, help="to decode large images (default 2)")
     add("--deterministic", action="store_true", help="same bits on a GPU too (default: off)")
@@ -671,16 +664,15 @@ def command(main):
 
 def main(argv=None):
     flags = parser(__doc__)
-    add = flags.add_argument_group("run").add_argument
+    add = flags.add_argument
     add("--dataset", choices=RECIPES, default="shapes", help="default shapes, which are generated")
-    add("--arch", default="resnet8", help="resnet8, resnet20 … (6n+2), vgg16, resnet18, resnet34, "
-        "resnet50 (default resnet8)")
+    add("--arch", default="resnet8", help="resnet8, 14, 20 …, vgg16, resnet18, 34, 50 (resnet8)")
     add("--seed", type=number(int, 0), default=0, help="default 0")
     add("--subset", type=number(int, 1), help="train on a class-balanced part (default: all)")
     add("--out", metavar="DIR", help="default: runs/<dataset>-<arch>-s<seed>")
     add("--pretrained", action="store_true", help="torchvision's V1 weights (default: fresh ones)")
     add("--evaluate", metavar="CHECKPOINT", help="only evaluate this file (default: train)")
-    add = flags.add_argument_group("method (default: the data set's recipe)").add_argument
+    add = flags.add_argument_group("recipe (default: the data set's)").add_argument
     add("--epochs", type=number(int, 0, 10 ** 6), help="T (0: keep the --pretrained weights)")
     add("--batch-size", type=number(int, 2))
     add("--schedule", choices=schedules.DENSE)
