@@ -46,11 +46,6 @@ PLANS = {
 
 # ---- criteria ------------------------------------------------------------------------------------
 
-def per_filter(values):
-    """(filters, …) -> (filters,): the sum over each filter."""
-    return values.flatten(1).sum(1)
-
-
 def gradient_scores(network, names, term, x, y, batch):
     """Mean over mini-batches of term(weight * gradient of the mini-batch's mean loss)."""
     weights = {n: p for n, p in network.named_parameters() if n in names}
@@ -90,7 +85,8 @@ def saliency(network, method, structure, names, seed=0, calibration=None):
                  (LeCun 1990)
       hrank      filters only: see `rank_scores`
     calibration: (images, labels) for the methods in NEED_DATA, as the network takes them."""
-    reduce = per_filter if structure == "filters" else torch.clone
+    def reduce(values):
+        return values.flatten(1).sum(1) if structure == "filters" else values
     if method == "magnitude":
         return {n: reduce(network.get_parameter(n).detach().abs()) for n in names}
     if method == "random":

@@ -142,22 +142,17 @@ def retrain(run, round, checkpoint, data, args, machine, send):
 def rounds(run, args, machine, send):
     """Retrain; with --rounds prune the result again by as much and retrain it, and so on. Sends
     ("epoch", name, point of the curve, epochs) and ("row", file)."""
-    checkpoint = models.read(run.path, "pruned")
-    data, how = train.data_for(checkpoint, args, machine), checkpoint["pruning"]
+    pruned = models.read(run.path, "pruned")
+    data, how = train.data_for(pruned, args, machine), pruned["pruning"]
     for round in range(1, args.rounds + 1):
         if round > 1:
-            how = {**how, "sparsity": later(checkpoint["pruning"], round)}
-            pruned, _ = prune.prune_and_test(models.read(target), how, data, machine)
-        target = retrain(run, round, pruned if round > 1 else checkpoint, data, args, machine, send)
+            if how["structure"] == "weights":      # counts all zeros: .3, then .51, .66 …
+                again = {**how, "sparsity": [1 - (1 - how["sparsity"][0]) ** round]}
+            else:
+                again = how
+            pruned, _ = prune.prune_and_test(models.read(target), again, data, machine)
+        target = retrain(run, round, pruned, data, args, machine, send)
         send("row", target)
-
-
-def later(how, round):
-    """The sparsity of a round. Weights: the same share of what is left, so .3, then .51, .66 …;
-    filters: the same share again."""
-    if how["structure"] == "filters":
-        return how["sparsity"]
-    return [1 - (1 - how["sparsity"][0]) ** round]
 
 
 def row_of(settings, checkpoint, curve, seconds, name, machine):
