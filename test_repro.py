@@ -883,8 +883,9 @@ TOGETHER = """import sys, torch, train, retrain
 torch.nn.BatchNorm2d.train = lambda self, mode=1: torch.nn.Module.train(self, False)
 at = sys.argv.index("retrain")
 train.command(lambda: (train.main(sys.argv[2:at]), retrain.main(sys.argv[at + 1:])))"""
-FORKED = """import multiprocessing, sys, retrain         # forked workers need not import anything
+KILLED = """import multiprocessing, os, signal, sys, retrain    # forked: they need not import anything
 multiprocessing.get_context = lambda kind, fork=multiprocessing.get_context("fork"): fork
+retrain.say = lambda text: " 1/9 " in text and os.kill(os.getpid(), signal.SIGKILL)
 retrain.main(sys.argv[2:])"""
 
 
@@ -894,18 +895,20 @@ def begin(*argv):
         text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
 
 
-@pytest.fixture(scope="module", autouse=True)      # begun first: it imports on the second core
-def torchrun(tmp_path_factory):
+@pytest.fixture(scope="module", autouse=True)      # begun first: they import on the second core
+def others(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
     (folder / "driver.py").write_text(TOGETHER)
-    process = begin(*"-m torch.distributed.run --standalone --nproc-per-node 2".split(),
-                    folder / "driver.py", *sum(train_and_retrain(folder / "two"), []))
-    yield process, (folder / "one", folder / "two")
-    process.kill()
+    both = (begin(*"-m torch.distributed.run --standalone --nproc-per-node 2".split(),
+                  folder / "driver.py", *sum(train_and_retrain(folder / "two"), [])),
+            begin("-c", KILLED, *four_runs(folder / "killed", 2)))
+    yield *both, folder
+    for process in both:
+        process.kill()
 
 
-def test_torchrun_computes_what_one_process_computes(torchrun, monkeypatch):
-    process, folders = torchrun
+def test_torchrun_computes_what_one_process_computes(others, monkeypatch):
+    process, folders = others[0], (others[2] / "one", others[2] / "two")
     monkeypatch.setattr(nn.BatchNorm2d, "train", lambda self, mode=1: nn.Module.train(self, False))
     for argv in train_and_retrain(folders[0]):
         ok(*argv)
@@ -919,15 +922,15 @@ def test_torchrun_computes_what_one_process_computes(torchrun, monkeypatch):
     assert len({frozenset(p.name for p in f.rglob("*")) for f in folders}) == 1
 
 
-def test_two_workers_and_a_killed_parent_end_with_the_rows_of_one_process(tmp_path, monkeypatch):
-    process = begin("-c", FORKED, *four_runs(tmp_path, 2))
-    assert any(" 1/9 " in line for line in process.stdout)
-    process.kill()
+def test_two_workers_and_a_killed_parent_end_with_the_rows_of_one_process(others, monkeypatch):
+    _, process, folder = others
     process.communicate(timeout=300)            # the output ends when all who can write have ended
-    assert "state" in {models.read(path)["kind"] for path in tmp_path.glob("run/*-t9-*.pt")}
+    states = [models.read(path)["kind"] for path in folder.glob("killed/run/*-t9-*.pt")]
+    assert process.returncode == -KILL and "state" in states
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    out = ok(*four_runs(tmp_path, 2))
-    assert 1 < out.count(" 9/9 ") <= 4 and content(tmp_path / "run") == undisturbed(four_runs, 1)
+    out = ok(*four_runs(folder / "killed", 2))
+    assert 1 < out.count(" 9/9 ") <= 4
+    assert content(folder / "killed/run") == undisturbed(four_runs, 1)
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path):
@@ -956,12 +959,17 @@ def test_speed():
         print(f"\n{loop.__name__:20} {512 / np.median(taken):6.0f} images/s", end="")
 
 
-def test_readme_schedules_alone_drive_any_loop(tmp_path):
+def test_readme_schedules_alone_drive_any_loop(tmp_path, monkeypatch):
     snippet, in_memory = (code for _, code in BLOCKS if "optimizer." in code or "shrunk" in code)
     shutil.copy(HERE / "schedules.py", tmp_path)
-    (tmp_path / "loop.py").write_text(snippet + "print(schedule(0), step, schedule(step)[0])")
-    done = subprocess.run([sys.executable, "loop.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.split()[-2:] == ["99", "1e-05"], done.stderr
+    with monkeypatch.context() as alone:
+        alone.syspath_prepend(tmp_path)
+        for name in ("schedules", "models", "train", "prune", "retrain"):
+            alone.setitem(sys.modules, name, None)
+        del sys.modules["schedules"]
+        exec(snippet, names := {})
+        assert names["schedules"].__file__ == str(tmp_path / "schedules.py")
+    assert (names["step"], names["schedule"](99)[0]) == (99, pytest.approx(1e-5))
     names, out = {}, io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(in_memory, names)
