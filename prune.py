@@ -300,9 +300,10 @@ def target_of(source, checkpoint, how):
 
 def main(argv=None):
     flags = train.parser(__doc__, "[CHECKPOINT ...] ")
-    add = flags.add_argument
+    add = flags.add_argument_group("run").add_argument
     add("checkpoint", nargs="*", metavar="CHECKPOINT", help="runs/shapes-resnet8-s0/dense.pt")
     add("--seed", type=number(int, 0), default=0, help="of random and of the images (default 0)")
+    add = flags.add_argument_group("method").add_argument
     add("--method", nargs="+", choices=METHODS, default=["magnitude", "random"], metavar="NAME",
         help=f"{' '.join(METHODS)} (default magnitude random)")
     add("--structure", choices=("filters", "weights"), default="filters", help="default filters")

@@ -465,31 +465,23 @@ def claims(rows):
     return "\n".join(lines) + "\n"
 
 
-COLOURS = "blue red green orange purple brown deeppink gray olive cyan".split()
-
-
 def pictures(rows):
-    """Mean test accuracy by epoch of each pruned network's arms, as Mermaid charts whose legend is
-    text (Mermaid draws none), at the budget with the most arms; without scratch, whose low start
-    flattens the others."""
-    charts, palette = [], ", ".join(COLOURS)
-    for where, mine in group([r for r in rows if not r["schedule"].startswith("scratch")],
-                             setting).items():
+    """Mean test accuracy by epoch of each pruned network's arms, as lines of blocks that share one
+    scale, at the budget with the most arms; without scratch, whose low start flattens the others.
+    """
+    lines = []
+    for (dataset, arch, what, method), mine in group(
+            [r for r in rows if not r["schedule"].startswith("scratch")], setting).items():
         t, same = max(group(mine, lambda r: r["budget"]).items(),
                       key=lambda item: (len(group(item[1], arm)), item[0]))
-        lines = {name: np.mean([[p["test_accuracy"] for p in r["curve"]] for r in runs], 0)
-                 for name, runs in [*by_arm(same).items()][:len(COLOURS)]}
-        low, high = (f(map(f, lines.values())) for f in (min, max))
-        if t > 1:
-            legend = ", ".join(map(" ".join, zip(COLOURS, lines)))
-            charts += [
-                f"{' '.join(where)}, t = {t}: {legend}.", "", "```mermaid",
-                f'%%{{init: {{"themeVariables": {{"xyChart": {{"plotColorPalette": "{palette}"}}}}'
-                "}}%%", "xychart-beta", f'    x-axis "epoch" 1 --> {t}',
-                f'    y-axis "test accuracy (%)" {low - 0.1:.1f} --> {high + 0.1:.1f}',
-                *(f"    line [{', '.join(f'{y:.2f}' for y in line)}]" for line in lines.values()),
-                "```", ""]
-    return "\n".join(charts)
+        curves = {name: np.mean([[p["test_accuracy"] for p in r["curve"]] for r in runs], 0)
+                  for name, runs in by_arm(same).items()}
+        low, high = (f(map(f, curves.values())) for f in (min, max))
+        lines.append(f"{arch} on {dataset}, {what} by {method}: test accuracy over {t} epochs, "
+                     f"{low:.2f} to {high:.2f}; each one's largest, last")
+        lines += [f"  {name:16} {schedules.blocks(curve, low, high)} {max(curve):.2f} "
+                  f"{curve[-1]:.2f}" for name, curve in curves.items()]
+    return "\n".join(lines)
 
 
 def report(rows):
@@ -502,21 +494,21 @@ def report(rows):
         f"{'; '.join(made)}.", "", table(every), "## Claims", "",
         "Paired over dense networks and seeds; the interval is Student's t at 95 %, each claim by "
         "itself: of twenty undecided ones, one will look decided by chance.", "", claims(every),
-        "## Test accuracy by epoch", "", "The dip while the learning rate is large is "
-        "normal: compare the ends.", "", pictures(rows)])
+        "## By epoch", "", "The dip while the learning rate is large is normal: compare the ends.",
+        "", "```", pictures(rows), "```", ""])
 
 
 def write_report(folders):
-    """Print the table of the rows in `folders` and write the report: into the folder, or, of
-    several, into the folder they share."""
+    """Print the table and pictures of the rows in `folders` and write the report: into the folder,
+    or, of several, into the folder they share."""
     rows = [row for folder in folders for row in read_rows(folder).values()]
     if not rows:
         raise Refused(f"argument --report: no finished runs in {' '.join(folders)}")
     shared = folders[0] if len(folders) == 1 else os.path.commonpath(map(os.path.abspath, folders))
     path = os.path.join(shared, "report.md")
     models.write(path, report(rows).encode())
-    say(f"\n{table(with_shorter(rows))}\nWrote {path}: this table, the paper's claims against it, "
-        "and pictures.")
+    say(f"\n{table(with_shorter(rows))}\n{pictures(rows)}\n\nWrote {path}: the same, and the "
+        "paper's claims against it.")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -546,11 +538,12 @@ def runs_of(args, machine):
 
 def main(argv=None):
     flags = train.parser(__doc__, "[PRUNED ...] ")
-    add = flags.add_argument
+    add = flags.add_argument_group("run").add_argument
     add("checkpoint", nargs="*", metavar="PRUNED", help="default: all of the default run")
     add("--seed", nargs="+", type=number(int, 0), default=[0, 1, 2], help="default 0 1 2")
     add("--jobs", type=number(int, 1, 1024), help="runs at once (default: cores; on a GPU 1)")
     add("--report", nargs="+", metavar="DIR", help="only make DIR/report.md again, from the rows")
+    add = flags.add_argument_group("method").add_argument
     add("--schedule", nargs="+", choices=EVERY, default=DEFAULT, metavar="NAME",
         help=f"{' '.join(EVERY)} (default {' '.join(DEFAULT)})")
     add("--epochs", nargs="+", type=number(int, 1, 10 ** 6), metavar="t",

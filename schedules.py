@@ -165,12 +165,10 @@ def number(kind, low, high=10 ** 9):
     return parse
 
 
-def blocks(values, width=60):
-    """A curve as a line of block characters, highest at the largest value: `width` at most."""
-    shown = min(width, len(values))
-    values = [values[i * len(values) // shown] for i in range(shown)]
-    low, high = min(values), max(values)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low or 1))] for v in values)
+def blocks(values, low, high, width=60):
+    """A curve as a line of `width` block characters, the lowest one at `low`."""
+    shown = [values[i * len(values) // width] for i in range(width)]
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low or 1))] for v in shown)
 
 
 def main(argv=None):
@@ -180,7 +178,7 @@ def main(argv=None):
     add("--epochs", type=number(int, 1, 10_000), default=72, help="budget t (default 72)")
     add("--dense-epochs", type=number(int, 1, 10_000), default=160, help="T (default 160)")
     add("--schedule", choices=DENSE, default="step", help="of the dense run (default step)")
-    add("--milestones", type=number(int, 1), nargs="*", default=[80, 120], help="of its drops")
+    add("--milestones", type=number(int, 1), nargs="*", default=[80, 120], help="default 80 120")
     add("--lr", type=number(float, 1e-9), default=0.1, help="its largest (default 0.1)")
     add("--steps-per-epoch", type=number(int, 1), default=782, help="default 782")
     args = flags.parse_args(argv)
@@ -193,7 +191,7 @@ def main(argv=None):
         print(f"{epoch:5}", *(f"{lr:15.6g}" for lr in row))
     print("\nthe curve, its largest value, its last")
     for name, lrs in curves.items():
-        print(f"{name:15} {blocks(lrs)} {max(lrs):.6g} {lrs[-1]:.6g}")
+        print(f"{name:15} {blocks(lrs, 0, max(lrs))} {max(lrs):.6g} {lrs[-1]:.6g}")
 
 
 if __name__ == "__main__":

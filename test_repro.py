@@ -254,7 +254,8 @@ def test_every_budget_works_and_is_printed():
     lines = [" ".join(line.split()) for line in ok("schedules").splitlines()]
     assert lines[0] == "epoch " + " ".join(schedules.RETRAIN) and len(lines) == 1 + 72 + 2 + 8
     assert lines[2] == "1 0.001 0.01 0.01 0.00590204 0.00563939 0.00468527 0.00468527 0.1"
-    assert ok("schedules", "--epochs", 4, "--lr", 1).endswith(" ██▂▁ 1 0.01\n")
+    drawn = "".join(15 * block for block in "██▂▁")
+    assert ok("schedules", "--epochs", 4, "--lr", 1).endswith(f" {drawn} 1 0.01\n")
 
 
 @pytest.mark.parametrize("arch, plan, params, macs", [
@@ -612,11 +613,10 @@ def test_the_report_to_the_digit():
             "| weights 0.5-layer-linear round 2 | l1 | 20% / 100% | 4 | 1 | – | 90.00 (-3.00) "
             "| – |", "| nothing | random | 25% / 25% | 2 | 1 | – | 1.00 (-92.00) | – |",
             "| C1 slr > finetune | resnet56 filters planB | l1 | 2 | not decided +3.00, n = 2 |",
-            "cifar10 resnet56 filters planB random, t = 4: blue slr.",
-            '    x-axis "epoch" 1 --> 4', "    line [90.50, 91.50, 92.50, 93.50]",
-            '    y-axis "test accuracy (%)" 90.4 --> 93.6'):
+            "resnet56 on cifar10, filters planB by l1: test accuracy over 4 epochs, 90.17 to 93.17; "
+            "each one's largest, last",
+            "  finetune         " + "".join(15 * block for block in "▁▃▆█") + " 93.17 93.17"):
         assert line in text.split("\n"), (line, text)
-    assert text.count("```mermaid") == 4
 
 
 @pytest.fixture(scope="module")
@@ -834,7 +834,7 @@ no such checkpoint|train --evaluate no.pt;prune run/dense.pt no.pt;prune;retrain
 was pruned otherwise, or from another|OTHERWISE
 is for filters|DENSE --plan B --sparsity .5;DENSE --plan B --structure weights
 (is for --structure weights|no plan B)|DENSE --include-linear;DENSE --plan B
-(1 or 3, one a stage|one value|hrank)|DENSE --sparsity .1 .2;WEIGHTS --sparsity .1 .2;WEIGHTS --method hrank
+(1 or 3, one a|one value|hrank)|DENSE --sparsity 0 0;WEIGHTS --sparsity 0 0;WEIGHTS --method hrank
 (weights are pruned|zero already .sp)|prune run/weights.pt;WEIGHTS --sparsity .1
 name no (checkpoint|file)|DENSE --dry-run;retrain run/filters.pt --dry-run
 ignore it|retrain --schedule finetune --lr 1;retrain --schedule slr --end-lr 1 --no-cycle-momentum
@@ -883,7 +883,7 @@ TOGETHER = """import sys, torch, train, retrain
 torch.nn.BatchNorm2d.train = lambda self, mode=1: torch.nn.Module.train(self, False)
 at = sys.argv.index("retrain")
 train.command(lambda: (train.main(sys.argv[2:at]), retrain.main(sys.argv[at + 1:])))"""
-KILLED = """import multiprocessing, os, signal, sys, retrain    # forked: they need not import anything
+KILLED = """import multiprocessing, os, signal, sys, retrain       # forked: they need not import
 multiprocessing.get_context = lambda kind, fork=multiprocessing.get_context("fork"): fork
 retrain.say = lambda text: " 1/9 " in text and os.kill(os.getpid(), signal.SIGKILL)
 retrain.main(sys.argv[2:])"""

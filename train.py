@@ -664,15 +664,15 @@ def command(main):
 
 def main(argv=None):
     flags = parser(__doc__)
-    add = flags.add_argument
+    add = flags.add_argument_group("run").add_argument
     add("--dataset", choices=RECIPES, default="shapes", help="default shapes, which are generated")
-    add("--arch", default="resnet8", help="resnet8, 14, 20 …, vgg16, resnet18, 34, 50 (resnet8)")
+    add("--arch", default="resnet8", help="resnet8, 20 …, 18, 34, 50, vgg16 (default resnet8)")
     add("--seed", type=number(int, 0), default=0, help="default 0")
     add("--subset", type=number(int, 1), help="train on a class-balanced part (default: all)")
     add("--out", metavar="DIR", help="default: runs/<dataset>-<arch>-s<seed>")
     add("--pretrained", action="store_true", help="torchvision's V1 weights (default: fresh ones)")
     add("--evaluate", metavar="CHECKPOINT", help="only evaluate this file (default: train)")
-    add = flags.add_argument_group("recipe (default: the data set's)").add_argument
+    add = flags.add_argument_group("method (default: the data set's recipe)").add_argument
     add("--epochs", type=number(int, 0, 10 ** 6), help="T (0: keep the --pretrained weights)")
     add("--batch-size", type=number(int, 2))
     add("--schedule", choices=schedules.DENSE)
