@@ -2,6 +2,7 @@
 worked out by hand or published. No network, no data set, half a minute on two cores. How fast this
 machine is: python -m pytest -q -s -m speed"""
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -446,13 +447,27 @@ def test_recipes_subsets_and_generated_images(monkeypatch):
         assert [made[-1][k] for k in ("epochs", "milestones", "batch_size")] == wanted
 
 
-def by_torch(network, data, at, epochs, folder=None):
+@pytest.mark.parametrize("epochs, milestones", [(1, []), (2, [1]), (3, [1, 2])])
+def test_a_first_attempt_of_few_epochs_needs_no_flags(tmp_path, monkeypatch, epochs, milestones):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "shapes", lambda count, seed, few=train.shapes: few(64, seed))
+    train.load_data.cache_clear()
+    assert f"; {epochs} epochs, x0.1 at {milestones}; " in ok("train", "--epochs", epochs)
+    ok("prune", "--method", "magnitude")
+    out = ok("retrain", "--seed", 0, "--jobs", 1, "--schedule", "lr_rewind", "finetune")
+    assert (" T = 1; with as many epochs or more, lr_rewind and" in out) == (epochs == 1)
+    assert [(r["budget"], r["curve"][0]["lr"]) for r in read_rows("runs/shapes-resnet8-s0").values()
+            ] == 2 * [(1, pytest.approx(0.1 ** epochs))]
+    assert re.search(r"epochs \(here 16, .*remove this file or .*--out\)$", call("train")[2].strip())
+
+
+def by_torch(network, data, at, epochs, folder=None, batch_size=8, masks=None):
     optimizer = torch.optim.SGD(network.train().parameters(), 0.1, 0.9, weight_decay=5e-4)
     group, found, count = optimizer.param_groups[0], [], len(data.train[1])
     for epoch in range(epochs):
         losses, right = [], 0
-        for x, y, *_ in train.train_batches(data, 0, epoch, 8, CPU):
-            group["lr"], group["momentum"] = at(epoch * math.ceil(count / 8) + len(losses))
+        for x, y, *_ in train.train_batches(data, 0, epoch, batch_size, CPU):
+            group["lr"], group["momentum"] = at(epoch * math.ceil(count / batch_size) + len(losses))
             out = network(x.contiguous())
             loss = F.cross_entropy(out, y)
             optimizer.zero_grad()
@@ -948,15 +963,35 @@ with warnings.catch_warnings(action="ignore"):          # a marker without a con
 
 
 @SPEED
-@pytest.mark.skipif("speed" not in sys.argv, reason="long: -m speed")
+@pytest.mark.skipif("speed" not in sys.argv, reason="two minutes: -m speed")
 def test_speed():
-    data, times = tiny_data(512, 32)._replace(test=tiny_data(8, 32)[1]), {by_torch: [], fitted: []}
-    for loop in [*times] * 7:
-        began, folder = time.perf_counter(), tempfile.mkdtemp(dir=HOME)
-        loop(models.build("resnet20", 10), data, lambda _: (0.1, 0.9), 1, folder)
-        times[loop].append(time.perf_counter() - began)
-    for loop, taken in times.items():
-        print(f"\n{loop.__name__:20} {512 / np.median(taken):6.0f} images/s", end="")
+    """Ten steps of 64 images: by this loop, on one fixed batch, by the plain loop `by_torch`."""
+    data, dense, times = tiny_data(640, 32), models.build("resnet20", 10), {}
+    data, x, y = data._replace(test=tiny_data(8, 32).test), torch.rand(64, 3, 32, 32), data.test[1]
+    masks = {n: torch.rand_like(dense.get_parameter(n)) > 0.9 for n in models.weight_names(dense)}
+
+    def fixed(network, _, at, *rest, masks):
+        network.to(memory_format=torch.channels_last)
+        optimizer = train.optimizer_of(network, 5e-4)
+        masks = [network.get_parameter(n).data for n in masks], [*masks.values()]
+        for _ in range(10):
+            train.train_step(network, optimizer, x.contiguous(memory_format=torch.channels_last),
+                             y[:64], CPU, masks=masks if masks[0] else None)
+    torch.set_num_threads(retrain.cores())
+    for _, (name, network), loop in itertools.product(range(7), {
+            "dense": dense, "masked": dense, "half the filters": prune.shrunk(dense)}.items(),
+            (fitted, fixed, by_torch)):
+        network, folder = copy.deepcopy(network).train(), tempfile.mkdtemp(dir=HOME)
+        began = time.perf_counter()
+        loop(network, data, lambda _: (0.1, 0.9), 1, folder, 64,
+             masks=masks if name == "masked" else {})
+        times.setdefault(name, {}).setdefault(loop, []).append(time.perf_counter() - began)
+    torch.set_num_threads(1)
+    print(f"\n{retrain.cores()} threads: images/s; times dense, the fixed batch, the plain loop")
+    for name, taken in times.items():
+        ratios = [np.median(np.divide(other, taken[fitted])) for other in (
+            times["dense"][fitted], taken[fixed], taken[by_torch])]
+        print(f"{name:16} {640 / np.median(taken[fitted]):5.0f}", *(f"{r:.2f}" for r in ratios))
 
 
 def test_readme_schedules_alone_drive_any_loop(tmp_path, monkeypatch):
