@@ -445,6 +445,9 @@ def test_recipes_subsets_and_generated_images(monkeypatch):
             ("--epochs 0 --pretrained", 16, [8, 12], 64), ("--milestones", 16, [], 64)):
         ok("train", *line.split())
         assert [made[-1][k] for k in ("epochs", "milestones", "batch_size")] == wanted
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *names, **more: (names, more))
+    assert train.initial({"arch": "resnet50", "pretrained": True}, 1000) == (
+        ("resnet50",), {"weights": "IMAGENET1K_V1"})
 
 
 @pytest.mark.parametrize("epochs, milestones", [(1, []), (2, [1]), (3, [1, 2])])
@@ -805,6 +808,8 @@ def test_rows_survive_a_crash(tmp_path):
         path.write_bytes(text)
         said = f" error: {path}: line {number} is no row of format 2; remove it\n"
         assert call(*argv)[2].endswith(said) and path.read_bytes() == text
+    with pytest.raises(ValueError):
+        retrain.write_rows(tmp_path, {"run": {"test_accuracy": math.nan}})
 
 
 def test_a_damaged_or_hostile_checkpoint_is_refused(tmp_path, monkeypatch):
@@ -946,6 +951,17 @@ def test_two_workers_and_a_killed_parent_end_with_the_rows_of_one_process(others
     out = ok(*four_runs(folder / "killed", 2))
     assert 1 < out.count(" 9/9 ") <= 4
     assert content(folder / "killed/run") == undisturbed(four_runs, 1)
+
+
+def test_processes_add_their_losses_and_share_the_first_ones_statistics(monkeypatch):
+    network, sent = models.build("resnet8", 10), []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.mul_(2))
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *what: sent.append(what))
+    found = train.together(network, torch.ones(3), torch.ones(2), CPU._replace(world=2))
+    assert [*map(torch.sum, found)] == [6, 4]
+    assert all(one is two for (one, _), two in zip(sent, network.buffers(), strict=True))
+    monkeypatch.setenv("RANK", "1")
+    assert "environment: RANK=1 of WORLD_SIZE=1: start with torchrun" in call("train")[2]
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path):
