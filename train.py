@@ -80,7 +80,6 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
         masks = weights, [torch.empty_like(w).copy_(m) for w, m in zip(weights, masks.values())]
     forward = network if machine.world == 1 else torch.nn.parallel.DistributedDataParallel(network)
     if machine.compile:
-        torch.compiler.reset()               # torch compiles eight networks, then silently no more
         forward = torch.compile(forward)
     count = len(data.train[1])
     steps = math.ceil(count / settings["batch_size"])
@@ -276,29 +275,27 @@ def plain_batches(split, index, data, machine):
     return ((normalise(images[part].to(machine.device), data), labels[part]) for part in parts)
 
 
-class Files(torch.utils.data.Dataset):
-    """Large images, decoded on the fly. Items are asked for as (index, seed), so that the random
-    crop is a function of the seed whichever worker draws it."""
-    def __init__(self, paths, labels, training):
-        from torchvision.transforms import v2
-        self.paths, self.labels = paths, labels.tolist()
-        crop = ([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()] if training
-                else [v2.Resize(256, antialias=True), v2.CenterCrop(224)])
-        self.transform = v2.Compose([*crop, v2.PILToTensor()])
-
-    def __getitem__(self, item):
-        index, seed = item
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.transform(decode(self.paths[index])), self.labels[index]
+def decoded(paths, labels, seed, index):
+    """Some large images, decoded, as uint8 (b, 3, 224, 224), and their labels; with the epoch's
+    `seed` cropped and flipped at random, each by a seed of its own, whichever process draws it."""
+    from torchvision.transforms import v2
+    crop = ([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()] if seed
+            else [v2.Resize(256, antialias=True), v2.CenterCrop(224)])
+    transform, images = v2.Compose([*crop, v2.PILToTensor()]), []
+    with torch.random.fork_rng(devices=[]):
+        for i in index:
+            torch.manual_seed(hash((seed, i)))
+            images.append(transform(decode(paths[i])))
+    return torch.stack(images), labels[index]
 
 
 def file_batches(split, parts, data, machine, seed=None):
     """(float images, labels) for each index tensor of `parts`; augmented if there is a `seed`."""
-    items = [[(int(i), hash((seed, int(i))) if seed else 0) for i in part] for part in parts]
+    images, labels = split
     loader = torch.utils.data.DataLoader(
-        Files(*split, training=seed is not None), batch_sampler=items, num_workers=machine.workers,
-        pin_memory=machine.device.type == "cuda")
+        range(len(images)), batch_sampler=[part.tolist() for part in parts],
+        collate_fn=functools.partial(decoded, images, labels.cpu(), seed),
+        num_workers=machine.workers, pin_memory=machine.device.type == "cuda")
     try:
         for x, y in loader:
             x, y = (t.to(machine.device, non_blocking=True) for t in (x, y))
