@@ -903,8 +903,7 @@ TOGETHER = """import sys, torch, train, retrain
 torch.nn.BatchNorm2d.train = lambda self, mode=1: torch.nn.Module.train(self, False)
 at = sys.argv.index("retrain")
 train.command(lambda: (train.main(sys.argv[2:at]), retrain.main(sys.argv[at + 1:])))"""
-KILLED = """import multiprocessing, os, signal, sys, retrain       # forked: they need not import
-multiprocessing.get_context = lambda kind, fork=multiprocessing.get_context("fork"): fork
+KILLED = """import os, signal, sys, retrain
 retrain.say = lambda text: " 1/9 " in text and os.kill(os.getpid(), signal.SIGKILL)
 retrain.main(sys.argv[2:])"""
 
@@ -948,6 +947,8 @@ def test_two_workers_and_a_killed_parent_end_with_the_rows_of_one_process(others
     states = [models.read(path)["kind"] for path in folder.glob("killed/run/*-t9-*.pt")]
     assert process.returncode == -KILL and "state" in states
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    fork = multiprocessing.get_context("fork")                     # saves two imports of torch
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
     out = ok(*four_runs(folder / "killed", 2))
     assert 1 < out.count(" 9/9 ") <= 4
     assert content(folder / "killed/run") == undisturbed(four_runs, 1)
