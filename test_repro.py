@@ -689,6 +689,8 @@ def test_flags(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     for script in ("schedules", "train", "prune", "retrain"):
         assert 10 < call(script, "--help")[1].count("\n") <= 45, script
+    with nth(train, "data_for", 0, fails):                     # refused before anything is loaded
+        assert "no plan B" in call("prune", study() / "dense.pt", "--plan", "B")[2]
     ok(*command(tmp_path, "slr", "filters", "--schedule", "finetune", "slr", "one_cycle", "--lr",
                 0.3, "--end-lr", 0.2, "--no-cycle-momentum"))
     assert [(r["lr"], r["end_lr"], r["cycle_momentum"], r["curve"][0]["lr"])
@@ -862,6 +864,7 @@ ignore it|retrain --schedule finetune --lr 1;retrain --schedule slr --end-lr 1 -
 has no (training|test) images|FOLDER nowhere;FOLDER sets/notest
 (not a readable image|has 16 bits a channel)|FOLDER sets/corrupt;FOLDER sets/deep
 (square and .* not 9 x 8|differ, in class 'b')|FOLDER sets/wide;FOLDER sets/names
+differ, in their .8, 9. pixels|FOLDER sets/sizes
 10 images, .* but the network was trained on|DENSE --data-dir OTHER
 """
 
@@ -875,9 +878,11 @@ def test_bad_input_is_one_line_and_changes_nothing(tmp_path, monkeypatch):
     for name, split in itertools.product(("corrupt", "deep", "wide", "names"), ("train", "test")):
         pictures(Path("sets", name, split), a=2, b=2)
     pictures(Path("sets/notest/train"), a=2)
+    pictures(Path("sets/sizes/train"), a=2)
+    pictures(Path("sets/sizes/test"), shape=(9, 9), a=2)
     os.rename("sets/names/test/b", "sets/names/test/c")
     Path("sets/corrupt/train/b/1.png").write_bytes(b"\x89PNG")
-    Path("sets/deep/train/b/1.png").write_bytes(b"\x89PNG" + bytes(20) + b"\x10")
+    Path("sets/deep/train/b/1.png").write_bytes(b"\x89PNG" + bytes(20) + b"\x10" + bytes(9))
     pictures(Path("sets/wide/train"), shape=(8, 9), a=1)
     before = listing(tmp_path)
     for said, line in (row.rsplit("|", 1) for row in BAD.strip().splitlines()):
@@ -1030,6 +1035,15 @@ def test_readme_schedules_alone_drive_any_loop(tmp_path, monkeypatch):
         "torch.randn(4, 8)", "torch.randn(4, 3, 32, 32)").replace("range(20)", "range(2)")
     exec(loop.replace("epochs = 5", "epochs = 1"), names)
     assert all(p.isfinite().all() for p in names["small"].parameters())
+
+
+def test_readme_holds_the_numbers_of_the_rows():
+    paths = sorted(HERE.glob(".results/*/results.jsonl"))
+    rows = [row for path in paths for row in read_rows(path.parent).values()]
+    assert retrain.table(retrain.with_shorter(rows)).strip() in README
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    assert f"(SHA-256 {digest[:8]})" in README                # every digit of the rows, shown or not
+    assert all(row["test_accuracy"] == row["curve"][-1]["test_accuracy"] for row in rows)
 
 
 def test_readme_networks_are_of_use_elsewhere(dry, monkeypatch):
