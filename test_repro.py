@@ -461,7 +461,7 @@ def test_a_first_attempt_of_few_epochs_needs_no_flags(tmp_path, monkeypatch, epo
     assert (" T = 1; with as many epochs or more, lr_rewind and" in out) == (epochs == 1)
     assert [(r["budget"], r["curve"][0]["lr"]) for r in read_rows("runs/shapes-resnet8-s0").values()
             ] == 2 * [(1, pytest.approx(0.1 ** epochs))]
-    assert re.search(r"epochs \(here 16, .*remove this file or .*--out\)$", call("train")[2].strip())
+    assert re.search(r"epochs \(here 16, .*remove this file or .*--out\)\n", call("train")[2])
 
 
 def by_torch(network, data, at, epochs, folder=None, batch_size=8, masks=None):
@@ -631,8 +631,8 @@ def test_the_report_to_the_digit():
             "| weights 0.5-layer-linear round 2 | l1 | 20% / 100% | 4 | 1 | – | 90.00 (-3.00) "
             "| – |", "| nothing | random | 25% / 25% | 2 | 1 | – | 1.00 (-92.00) | – |",
             "| C1 slr > finetune | resnet56 filters planB | l1 | 2 | not decided +3.00, n = 2 |",
-            "resnet56 on cifar10, filters planB by l1: test accuracy over 4 epochs, 90.17 to 93.17; "
-            "each one's largest, last",
+            "resnet56 on cifar10, filters planB by l1: test accuracy over 4 epochs, 90.17 to 93.17;"
+            " each one's largest, last",
             "  finetune         " + "".join(15 * block for block in "▁▃▆█") + " 93.17 93.17"):
         assert line in text.split("\n"), (line, text)
 
@@ -1042,7 +1042,7 @@ def test_readme_holds_the_numbers_of_the_rows():
     rows = [row for path in paths for row in read_rows(path.parent).values()]
     assert retrain.table(retrain.with_shorter(rows)).strip() in README
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-    assert f"(SHA-256 {digest[:8]})" in README                # every digit of the rows, shown or not
+    assert f"(SHA-256 {digest[:8]})" in README               # every digit of the rows, shown or not
     assert all(row["test_accuracy"] == row["curve"][-1]["test_accuracy"] for row in rows)
 
 
