@@ -261,7 +261,8 @@ def test_every_budget_works_and_is_printed():
 
 
 @pytest.mark.parametrize("arch, plan, params, macs", [
-    ("resnet20", ([0],), 269_722, 40_551_040), ("vgg16", PLANS["vgg16"]["A"], 5397034, 206_279_680),
+    ("resnet20", ([0],), 269_722, 40_551_040), ("vgg16", ([0],), 14_987_722, 313_463_808),
+    ("vgg16", PLANS["vgg16"]["A"], 5_397_034, 206_279_680),
     ("resnet56", PLANS["resnet56"]["B"], 735_712, 90_907_264),
     ("resnet110", PLANS["resnet110"]["B"], 1_168_424, 155_124_352),
     ("resnet34", PLANS["resnet34"]["B"], 19_468_900, 2_782_260_413),           # published, Li 2017
@@ -958,6 +959,13 @@ def test_two_workers_and_a_killed_parent_end_with_the_rows_of_one_process(others
     out = ok(*four_runs(folder / "killed", 2))
     assert 1 < out.count(" 9/9 ") <= 4
     assert content(folder / "killed/run") == undisturbed(four_runs, 1)
+    monkeypatch.delenv("OMP_NUM_THREADS")                   # then each worker takes its share
+    monkeypatch.setattr(retrain, "cores", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(
+        torch, "get_num_threads", lambda: n))
+    train.provenance.cache_clear()
+    ok(*four_runs(folder / "killed", 2), "--epochs", 1)
+    assert [r["threads"] for r in read_rows(folder / "killed/run").values()][4:] == 4 * [2]
 
 
 def test_processes_add_their_losses_and_share_the_first_ones_statistics(monkeypatch):
