@@ -73,7 +73,7 @@ def rank_scores(network, units, x):
     return totals
 
 
-def saliency(network, method, structure, names, seed=0, calibration=None):
+def saliency(network, method, structure, names, seed, calibration=None):
     """The importance of every filter, or weight, of the tensors `names`: {name: scores}.
 
     Filters: scores (filters,); weights: scores shaped like the weight. Larger stays.

@@ -360,7 +360,7 @@ def test_criteria_against_single_sample_gradients_and_numpy_and_what_they_keep()
             ("taylor", "filters", (means.sum((2, 3, 4)) ** 2).mean(0)),
             ("obd", "filters", squares.sum((1, 2, 3))),
             ("hrank", "filters", torch.tensor(np.linalg.matrix_rank(maps.numpy()).mean(0)))):
-        scores = prune.saliency(network, method, structure, [name], calibration=(x, y))
+        scores = prune.saliency(network, method, structure, [name], 0, (x, y))
         torch.testing.assert_close(scores[name].double(), reference, rtol=1e-6, atol=1e-14)
     scores = {"a": torch.tensor([100., 300., 200.]), "b": torch.tensor([.1, .9])}
     for scope, counts, kept in (("global", (1, 1), [[1], [1]]), ("global", (2, 1), [[1, 2], [1]]),
@@ -423,6 +423,10 @@ def test_folders_are_what_torchvision_reads(tmp_path, side):
         raw = data.train[0][:, :, 4:-4, 4:-4].double() / 255
         assert data.mean == pytest.approx(raw.mean((0, 2, 3)).tolist())
         assert data.std == pytest.approx(raw.std((0, 2, 3), correction=0).tolist())
+        pictures(tmp_path / "train", 2, (side, side), a=1)                        # another image
+        train.load_data.cache_clear()
+        changed = train.load_data("folder", str(tmp_path), 6, None, CPU.device).fingerprint
+        assert changed[:-8] == data.fingerprint[:-8] and changed != data.fingerprint
         return
     assert (data.mean, data.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     none, two, other = ([x for x, *_ in train.train_batches(data, 0, epoch, 3, CPU._replace(
@@ -440,6 +444,8 @@ def test_recipes_subsets_and_generated_images(monkeypatch):
                              "imagenet": large}
     assert np.bincount(train.balanced(np.arange(99) % 3, 8) % 3).tolist() == [3, 3, 2]
     assert len(torch.cat([train.shapes(99, seed)[0] for seed in (0, 0, 1)]).unique(dim=0)) == 198
+    assert train.shapes(500, 0)[0].double().std().item() == pytest.approx(51.7, rel=0.02)
+    assert train.CIFAR_STATISTICS == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
     made = []
     monkeypatch.setattr(train, "train", lambda args, _: made.append(train.the_recipe(args)))
     for line, *wanted in (
@@ -447,6 +453,7 @@ def test_recipes_subsets_and_generated_images(monkeypatch):
             ("--epochs 0 --pretrained", 16, [8, 12], 64), ("--milestones", 16, [], 64)):
         ok("train", *line.split())
         assert [made[-1][k] for k in ("epochs", "milestones", "batch_size")] == wanted
+        assert made[-1]["seed"] == 0
     monkeypatch.setattr(torchvision.models, "get_model", lambda *names, **more: (names, more))
     assert train.initial({"arch": "resnet50", "pretrained": True}, 1000) == (
         ("resnet50",), {"weights": "IMAGENET1K_V1"})
@@ -663,6 +670,7 @@ def test_the_scripts_chain_and_rows_say_all(dry, monkeypatch):
     for name, row in rows.items():
         saved, network = models.read(dry / f"{name}.pt"), models.load(dry / f"{name}.pt")
         pruned = models.read(dry / f"filters-{row['method']}-0.5.pt", "pruned")
+        assert row["seconds"] == round(row["seconds"], 1)
         assert saved["row"] == row and saved["kind"] == "retrained" and not network.training
         assert len(row["curve"]) == row["epochs"]
         assert row["test_accuracy"] == saved["test_accuracy"] == row["curve"][-1]["test_accuracy"]
@@ -693,6 +701,8 @@ def test_flags(tmp_path, monkeypatch):
         assert 10 < call(script, "--help")[1].count("\n") <= 45, script
     with nth(train, "data_for", 0, fails):                     # refused before anything is loaded
         assert "no plan B" in call("prune", study() / "dense.pt", "--plan", "B")[2]
+    with nth(train, "load_data", 0, fails):
+        assert "unknown network" in call("train", "--arch", "resnet9", "--seed", 0)[2]
     ok(*command(tmp_path, "slr", "filters", "--schedule", "finetune", "slr", "one_cycle", "--lr",
                 0.3, "--end-lr", 0.2, "--no-cycle-momentum"))
     assert [(r["lr"], r["end_lr"], r["cycle_momentum"], r["curve"][0]["lr"])
