@@ -703,6 +703,9 @@ def test_flags(tmp_path, monkeypatch):
         assert "no plan B" in call("prune", study() / "dense.pt", "--plan", "B")[2]
     with nth(train, "load_data", 0, fails):
         assert "unknown network" in call("train", "--arch", "resnet9", "--seed", 0)[2]
+    shutil.copytree(study(), tmp_path / "run")
+    out = ok("prune", tmp_path / "run/filters.pt", "--method", "random", "--seed", 3)
+    assert " " + str(tmp_path / "run/filters--filters-random-0.5-s3.pt") in out
     ok(*command(tmp_path, "slr", "filters", "--schedule", "finetune", "slr", "one_cycle", "--lr",
                 0.3, "--end-lr", 0.2, "--no-cycle-momentum"))
     assert [(r["lr"], r["end_lr"], r["cycle_momentum"], r["curve"][0]["lr"])
@@ -874,7 +877,8 @@ name no (checkpoint|file)|DENSE --dry-run;retrain run/filters.pt --dry-run
 ignore it|retrain --schedule finetune --lr 1;retrain --schedule slr --end-lr 1 --no-cycle-momentum
 (no finished runs|no pruned checkpoint is there)|retrain --report sets;retrain
 has no (training|test) images|FOLDER nowhere;FOLDER sets/notest
-(not a readable image|has 16 bits a channel)|FOLDER sets/corrupt;FOLDER sets/deep
+not a readable image|FOLDER sets/corrupt
+has 16 bits a channel|FOLDER sets/deep
 (square and .* not 9 x 8|differ, in class 'b')|FOLDER sets/wide;FOLDER sets/names
 differ, in their .8, 9. pixels|FOLDER sets/sizes
 10 images, .* but the network was trained on|DENSE --data-dir OTHER
