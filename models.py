@@ -106,7 +106,7 @@ def build(arch, classes, seed=0):
 
 def initialise(network, seed):
     """He initialisation, in place: conv weights normal with std sqrt(2 / (k*k*out)), as He 2016; BN
-    at identity; Linear as torch. A function of the seed, whatever was drawn before."""
+    at identity; Linear as torch. A function of the seed and of how the tensors lie in memory."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in network.modules():

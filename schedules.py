@@ -136,7 +136,7 @@ def retrain(name, epochs, steps_per_epoch, recipe=None, lr=None, end_lr=None, cy
         first = (recipe["epochs"] - epochs) * steps_per_epoch
         original = dense(recipe, steps_per_epoch)
         return lambda step: original(max(0, first + step))
-    if name.startswith("scratch"):                     # Liu 2019
+    if name in ("scratch", "scratch_e", "scratch_b"):  # Liu 2019
         return dense(recipe, steps_per_epoch, epochs / recipe["epochs"])
     if name not in TAKE_LR:
         raise Refused(f"unknown schedule {name!r}; known: {', '.join(RETRAIN)}")

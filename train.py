@@ -15,7 +15,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import json
 import math
 import os
 import re
@@ -275,13 +274,10 @@ def plain_batches(split, index, data, machine):
     return ((normalise(images[part].to(machine.device), data), labels[part]) for part in parts)
 
 
-def decoded(paths, labels, seed, index):
-    """Some large images, decoded, as uint8 (b, 3, 224, 224), and their labels; with the epoch's
-    `seed` cropped and flipped at random, each by a seed of its own, whichever process draws it."""
-    from torchvision.transforms import v2
-    crop = ([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()] if seed
-            else [v2.Resize(256, antialias=True), v2.CenterCrop(224)])
-    transform, images = v2.Compose([*crop, v2.PILToTensor()]), []
+def decoded(paths, labels, transform, seed, index):
+    """Some large images, decoded and transformed, as uint8 (b, 3, 224, 224), and their labels. What
+    is random in it, each draws by a seed of its own, whichever process draws it."""
+    images = []
     with torch.random.fork_rng(devices=[]):
         for i in index:
             torch.manual_seed(hash((seed, i)))
@@ -291,10 +287,14 @@ def decoded(paths, labels, seed, index):
 
 def file_batches(split, parts, data, machine, seed=None):
     """(float images, labels) for each index tensor of `parts`; augmented if there is a `seed`."""
+    from torchvision.transforms import v2
     images, labels = split
+    crop = ([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()] if seed
+            else [v2.Resize(256, antialias=True), v2.CenterCrop(224)])
+    transform = v2.Compose([*crop, v2.PILToTensor()])
     loader = torch.utils.data.DataLoader(
         range(len(images)), batch_sampler=[part.tolist() for part in parts],
-        collate_fn=functools.partial(decoded, images, labels.cpu(), seed),
+        collate_fn=functools.partial(decoded, images, labels.cpu(), transform, seed),
         num_workers=machine.workers, pin_memory=machine.device.type == "cuda")
     try:
         for x, y in loader:
@@ -556,13 +556,14 @@ def initial(recipe, classes):
     if not recipe["pretrained"]:
         return models.build(arch, classes, recipe["seed"])
     from torchvision.models import get_model
+    refusal = f"argument --pretrained: no weights of {arch} for {classes} classes"
+    if arch not in models.IMAGENET or classes != 1000:
+        raise Refused(f"{refusal} (there are some of {', '.join(models.IMAGENET)} for 1000 "
+                      "classes)")
     try:
-        if arch not in models.IMAGENET or classes != 1000:
-            raise OSError(f"there are some of {', '.join(models.IMAGENET)} for 1000 classes")
         return get_model(arch, weights="IMAGENET1K_V1")
     except (OSError, RuntimeError) as problem:
-        raise Refused(f"argument --pretrained: no weights of {arch} for {classes} classes "
-                      f"({problem})") from None
+        raise Refused(f"{refusal} ({problem})") from None
 
 
 def summary(network, side):
