@@ -6,7 +6,6 @@
 A filter-pruned network is described by the shapes of its tensors (`resize`). So removing filters is
 an operation on a state dict (`shrink`), and serves weights, rewound weights and momentum alike.
 """
-import copy
 import hashlib
 import io
 import os
@@ -89,7 +88,8 @@ def vgg16(classes):
 
 def build(arch, classes, seed=0):
     """A freshly initialised network by name: resnet18/34/50 (torchvision's, ImageNet layout),
-    resnet{6n+2} (CIFAR layout), vgg16. Raises Refused for another name."""
+    resnet{6n+2} (CIFAR layout), vgg16; with seed None it has torch's initialisation. Raises Refused
+    for another name."""
     depth = re.fullmatch(r"resnet([1-9]\d{0,3})", arch)
     if arch in IMAGENET:
         from torchvision.models import resnet   # here, because it takes two seconds to import
@@ -101,7 +101,7 @@ def build(arch, classes, seed=0):
     else:
         raise Refused(f"argument --arch: unknown network {arch!r}; known: resnet8, resnet20, "
                       f"resnet56 … resnet1202 (6n+2), {', '.join(IMAGENET)}, vgg16")
-    return initialise(network, seed)
+    return network if seed is None else initialise(network, seed)
 
 
 def initialise(network, seed):
@@ -135,10 +135,11 @@ def resize(network, state):
 
 
 def count(network, side):
-    """(parameters, MACs): the conv and linear multiply-adds of one side x side image."""
-    shadow = copy.deepcopy(network).to("meta").eval()
+    """(parameters, MACs): the conv and linear multiply-adds of one side x side image. Leaves the
+    network in eval mode."""
+    image = next(network.parameters()).new_zeros(1, 3, side, side)
     with FlopCounterMode(display=False) as flops, torch.inference_mode():
-        shadow(torch.empty(1, 3, side, side, device="meta"))
+        network.eval()(image)
     return sum(p.numel() for p in network.parameters()), flops.get_total_flops() // 2
 
 
@@ -261,7 +262,7 @@ def read(path, *kinds):
 def restore(checkpoint):
     """The network of a checkpoint dict, at its true size, in eval mode."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        network = build(checkpoint["arch"], checkpoint["classes"])
+        network = build(checkpoint["arch"], checkpoint["classes"], seed=None)
     return resize(network, checkpoint["model"])
 
 

@@ -1,8 +1,12 @@
 """Everything against oracles: torch's own schedulers and pruning, numpy, slow references, numbers
 worked out by hand or published. No network, no data set, half a minute on two cores. How fast this
 machine is: python -m pytest -q -s -m speed"""
+import gc
+gc.disable()                    # while much is imported it costs a third of the time
+
 import contextlib
 import copy
+import filecmp
 import functools
 import hashlib
 import io
@@ -17,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -39,6 +44,7 @@ from retrain import read_rows
 from schedules import Refused
 
 CPU, HERE = train.Machine(torch.device("cpu")), Path(train.__file__).parent
+FORK = multiprocessing.get_context("fork")
 HOME = Path((TEMPORARY := tempfile.TemporaryDirectory()).name)
 CIFAR = {"schedule": "step", "epochs": 160, "lr": 0.1, "milestones": [80, 120], "momentum": 0.9}
 README = (HERE / "README.md").read_text()
@@ -60,6 +66,9 @@ PLANS = {
     "vgg16": {"A": ((32, 64, 128, 128, *[256] * 9),), "C": ((32, 64, 64, *[128] * 4, *[196] * 6),),
               "B": ((32, 64, 128, 128, *[196] * 5, *[256] * 4),)}}
 signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs ignore it
+gc.freeze()                     # what has been imported is not looked through again and again
+gc.enable()
+os.fsync = lambda file: None    # no test pulls the plug
 torch.set_num_threads(1)        # networks this small only make two threads wait for each other
 
 
@@ -118,8 +127,9 @@ def content(folder):
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items() if k not in ("seconds", "commit")}
         return models.digest({"": value}) if isinstance(value, torch.Tensor) else value
-    return plain(read_rows(folder)) | {(path.name, key): value for path in folder.glob("*.pt")
-                                       for key, value in plain(models.read(path)).items()}
+    same = filecmp.cmpfiles(study(), folder, os.listdir(study()), shallow=False)[0]
+    return plain(read_rows(folder)) | {path.name: path.name in same or plain(models.read(path))
+                                       for path in folder.glob("*.pt")}
 
 
 def listing(folder):
@@ -155,7 +165,7 @@ def pruned(checkpoint, structure="filters", sparsity=0.5, method="magnitude", **
 
 def on_meta(arch, plan=None, classes=10):
     with torch.device("meta"):
-        network = models.build(arch, classes)
+        network = models.build(arch, classes, seed=None)
     return prune.shrunk(network, plan=plan, method="random") if plan else network
 
 
@@ -462,7 +472,7 @@ def test_recipes_subsets_and_generated_images(monkeypatch):
 @pytest.mark.parametrize("epochs, milestones", [(1, []), (2, [1]), (3, [1, 2])])
 def test_a_first_attempt_of_few_epochs_needs_no_flags(tmp_path, monkeypatch, epochs, milestones):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "shapes", lambda count, seed, few=train.shapes: few(64, seed))
+    monkeypatch.setattr(train, "shapes", lambda count, seed, few=train.shapes: few(16, seed))
     train.load_data.cache_clear()
     assert f"; {epochs} epochs, x0.1 at {milestones}; " in ok("train", "--epochs", epochs)
     ok("prune", "--method", "magnitude")
@@ -646,53 +656,18 @@ def test_the_report_to_the_digit():
         assert line in text.split("\n"), (line, text)
 
 
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory):
+def dry_runs(folder):
+    """The three scripts, one after the other, as on Windows; in a process of its own."""
+    os.nice(10)
+    os.chdir(folder)
     real = train.ctypes.CDLL.__init__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("dry"))
-        patch.setattr(train, "shapes", functools.cache(train.shapes))
-        patch.setattr(train.ctypes.CDLL, "__init__", lambda self, name, *more, **named: real(
-            self, name + "", *more, **named))
-        patch.setitem(sys.modules, "fcntl", None)                              # as on Windows
-        patch.setitem(sys.modules, "resource", None)
-        patch.delattr(os, "sched_getaffinity", raising=False)
-        ok("train", "--dry-run")
-        ok("prune", "--dry-run")
-        ok("retrain", "--dry-run", "--seed", 0, "--jobs", 1, "--schedule", *retrain.EVERY)
-        return Path("runs/shapes-resnet8-s0-dry").absolute()
-
-
-def test_the_scripts_chain_and_rows_say_all(dry, monkeypatch):
-    rows, dense = read_rows(dry), models.read(dry / "dense.pt", "dense")
-    assert [(r["method"], r["schedule"]) for r in rows.values()] == [
-        *itertools.product(["magnitude", "random"], retrain.EVERY)]
-    for name, row in rows.items():
-        saved, network = models.read(dry / f"{name}.pt"), models.load(dry / f"{name}.pt")
-        pruned = models.read(dry / f"filters-{row['method']}-0.5.pt", "pruned")
-        assert row["seconds"] == round(row["seconds"], 1)
-        assert saved["row"] == row and saved["kind"] == "retrained" and not network.training
-        assert len(row["curve"]) == row["epochs"]
-        assert row["test_accuracy"] == saved["test_accuracy"] == row["curve"][-1]["test_accuracy"]
-        assert row | {k: pruned[k] for k in ("distance", "removed", "arch", "recipe")} | {
-            **dict.fromkeys(("plan", "lr", "end_lr")), "run": name, "dataset": "shapes", "seed": 0,
-            "scope": "layer", "sparsity": 0.5, "round": 1, "pruning_seed": 0, "budget": 1,
-            "epochs": 3 if row["schedule"] in ("scratch_e", "scratch_b") else 1, "subset": 16,
-            "cycle_momentum": True if row["schedule"] == "one_cycle" else None, "batch_size": 8,
-            "weight_decay": 5e-4, "precision": "fp32", "dense": models.digest(dense["model"]),
-            "dense_test_accuracy": dense["test_accuracy"], "dense_params": 75290, "params": 38314,
-            "dense_macs": 12239488, "macs": 6341248, "pruned": models.digest(pruned["model"]),
-            "nonzero": 38314, "pruned_test_accuracy": pruned["test_accuracy"]} == row
-    before, text = listing(dry), (dry / "report.md").read_text()
-    monkeypatch.chdir(dry.parent.parent)
-    with nth(train, "train_step", 0, signal.SIGINT):
-        assert "dense.pt: done already, test " in ok("train", "--dry-run")
-        assert ok("retrain", "--dry-run", "--seed", 0).count("done already") == 10
-        ok("retrain", "--report", dry)
-    assert (dry / "report.md").read_text() == text
-    assert {**before, str(dry / "report.md"): 0} == {**listing(dry), str(dry / "report.md"): 0}
-    assert f"test {row['test_accuracy']:.2f} %, 38,314 parameters, 6,341,248 MACs" in ok(
-        "train", "--evaluate", dry / f"{name}.pt")
+    train.ctypes.CDLL.__init__ = lambda self, name, *more, **named: real(
+        self, name + "", *more, **named)
+    sys.modules |= {"fcntl": None, "resource": None}
+    vars(os).pop("sched_getaffinity", None)
+    ok("train", "--dry-run")
+    ok("prune", "--dry-run")
+    ok("retrain", "--dry-run", "--seed", 0, "--jobs", 1, "--schedule", *retrain.EVERY)
 
 
 def test_flags(tmp_path, monkeypatch):
@@ -751,7 +726,7 @@ def test_the_same_command_goes_on(tmp_path, name, pruned, where, number, how, do
     argv, whole = command(tmp_path, name, pruned), undisturbed(command, name, pruned)
     with nth(*where, number, how):
         if how is KILL:
-            child = multiprocessing.get_context("fork").Process(target=call, args=argv)
+            child = FORK.Process(target=call, args=argv)
             child.start()
             child.join()
             assert child.exitcode == -KILL
@@ -920,35 +895,39 @@ def train_and_retrain(folder):         # batches of 7 and 3 images: uneven, too 
             command(folder, "lr_rewind", "weights"))
 
 
-TOGETHER = """import sys, torch, train, retrain
+TOGETHER = """import gc; gc.disable(); import sys, torch, train, retrain
 torch.nn.BatchNorm2d.train = lambda self, mode=1: torch.nn.Module.train(self, False)
 at = sys.argv.index("retrain")
 train.command(lambda: (train.main(sys.argv[2:at]), retrain.main(sys.argv[at + 1:])))"""
-KILLED = """import os, signal, sys, retrain
+KILLED = """import gc; gc.disable(); import os, signal, sys, retrain
 retrain.say = lambda text: " 1/9 " in text and os.kill(os.getpid(), signal.SIGKILL)
 retrain.main(sys.argv[2:])"""
 
 
 def begin(*argv):
     return subprocess.Popen(
-        [sys.executable, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ["nice", sys.executable, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
 
 
-@pytest.fixture(scope="module", autouse=True)      # begun first: they import on the second core
+@pytest.fixture(scope="module", autouse=True)
 def others(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("torchrun")
+    """Processes that work on the second core from the beginning on, and their folder."""
+    folder = tmp_path_factory.mktemp("others")
     (folder / "driver.py").write_text(TOGETHER)
-    both = (begin(*"-m torch.distributed.run --standalone --nproc-per-node 2".split(),
-                  folder / "driver.py", *sum(train_and_retrain(folder / "two"), [])),
-            begin("-c", KILLED, *four_runs(folder / "killed", 2)))
-    yield *both, folder
-    for process in both:
+    (folder / "dry").mkdir()
+    killed = begin("-c", KILLED, *four_runs(folder / "killed", 2))
+    dry = FORK.Process(target=dry_runs, args=[folder / "dry"])
+    dry.start()
+    torchrun = begin(*"-m torch.distributed.run --standalone --nproc-per-node 2".split(),
+                     folder / "driver.py", *sum(train_and_retrain(folder / "two"), []))
+    yield types.SimpleNamespace(folder=folder, killed=killed, dry=dry, torchrun=torchrun)
+    for process in (killed, dry, torchrun):
         process.kill()
 
 
 def test_torchrun_computes_what_one_process_computes(others, monkeypatch):
-    process, folders = others[0], (others[2] / "one", others[2] / "two")
+    process, folders = others.torchrun, (others.folder / "one", others.folder / "two")
     monkeypatch.setattr(nn.BatchNorm2d, "train", lambda self, mode=1: nn.Module.train(self, False))
     for argv in train_and_retrain(folders[0]):
         ok(*argv)
@@ -963,13 +942,12 @@ def test_torchrun_computes_what_one_process_computes(others, monkeypatch):
 
 
 def test_two_workers_and_a_killed_parent_end_with_the_rows_of_one_process(others, monkeypatch):
-    _, process, folder = others
+    process, folder = others.killed, others.folder
     process.communicate(timeout=300)            # the output ends when all who can write have ended
     states = [models.read(path)["kind"] for path in folder.glob("killed/run/*-t9-*.pt")]
     assert process.returncode == -KILL and "state" in states
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    fork = multiprocessing.get_context("fork")                     # saves two imports of torch
-    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: FORK)     # needs no imports
     out = ok(*four_runs(folder / "killed", 2))
     assert 1 < out.count(" 9/9 ") <= 4
     assert content(folder / "killed/run") == undisturbed(four_runs, 1)
@@ -1003,12 +981,46 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path):
     assert ok(*argv).count("done already") == 2 and len(read_rows(tmp_path / "run")) == 3
 
 
-with warnings.catch_warnings(action="ignore"):          # a marker without a configuration file
-    SPEED = pytest.mark.speed
+@pytest.fixture
+def dry(others):
+    others.dry.join()
+    assert others.dry.exitcode == 0
+    return others.folder / "dry/runs/shapes-resnet8-s0-dry"
 
 
-@SPEED
-@pytest.mark.skipif("speed" not in sys.argv, reason="two minutes: -m speed")
+def test_the_scripts_chain_and_rows_say_all(dry, monkeypatch):
+    rows, dense = read_rows(dry), models.read(dry / "dense.pt", "dense")
+    assert [(r["method"], r["schedule"]) for r in rows.values()] == [
+        *itertools.product(["magnitude", "random"], retrain.EVERY)]
+    sources = {m: models.read(dry / f"filters-{m}-0.5.pt", "pruned") for m in ("magnitude", "random")}
+    for name, row in rows.items():
+        saved, pruned = models.read(dry / f"{name}.pt", "retrained"), sources[row["method"]]
+        assert row["seconds"] == round(row["seconds"], 1) and saved["row"] == row
+        assert len(row["curve"]) == row["epochs"]
+        assert row["test_accuracy"] == saved["test_accuracy"] == row["curve"][-1]["test_accuracy"]
+        assert row | {k: pruned[k] for k in ("distance", "removed", "arch", "recipe")} | {
+            **dict.fromkeys(("plan", "lr", "end_lr")), "run": name, "dataset": "shapes", "seed": 0,
+            "scope": "layer", "sparsity": 0.5, "round": 1, "pruning_seed": 0, "budget": 1,
+            "epochs": 3 if row["schedule"] in ("scratch_e", "scratch_b") else 1, "subset": 16,
+            "cycle_momentum": True if row["schedule"] == "one_cycle" else None, "batch_size": 8,
+            "weight_decay": 5e-4, "precision": "fp32", "dense": models.digest(dense["model"]),
+            "dense_test_accuracy": dense["test_accuracy"], "dense_params": 75290, "params": 38314,
+            "dense_macs": 12239488, "macs": 6341248, "pruned": models.digest(pruned["model"]),
+            "nonzero": 38314, "pruned_test_accuracy": pruned["test_accuracy"]} == row
+    before, text = listing(dry), (dry / "report.md").read_text()
+    monkeypatch.chdir(dry.parent.parent)
+    with nth(train, "train_step", 0, signal.SIGINT):
+        assert "dense.pt: done already, test " in ok("train", "--dry-run")
+        assert ok("retrain", "--dry-run", "--seed", 0).count("done already") == 10
+        ok("retrain", "--report", dry)
+    assert (dry / "report.md").read_text() == text
+    assert {**before, str(dry / "report.md"): 0} == {**listing(dry), str(dry / "report.md"): 0}
+    assert f"test {row['test_accuracy']:.2f} %, 38,314 parameters, 6,341,248 MACs" in ok(
+        "train", "--evaluate", dry / f"{name}.pt")
+    assert not models.load(dry / f"{name}.pt").training
+
+
+@pytest.mark.speed
 def test_speed():
     """Ten steps of 64 images: by this loop, on one fixed batch, by the plain loop `by_torch`."""
     data, dense, times = tiny_data(640, 32), models.build("resnet20", 10), {}

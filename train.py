@@ -578,7 +578,7 @@ def train(args, machine):
     folder = args.out or (f"runs/{args.dataset}-{args.arch}-s{args.seed}" + "-dry" * args.dry_run)
     target = os.path.join(folder, "dense.pt")
     with torch.device("meta"):
-        models.build(args.arch, 10)                  # refuses unknown names before data are loaded
+        models.build(args.arch, 10, seed=None)       # refuses unknown names before data are loaded
     data = load_data(args.dataset, data_dir, recipe["subset"], recipe["test_subset"],
                      machine.device)
     settings = {**recipe, "precision": "bf16" if machine.bf16 else "fp32", "data": data.fingerprint}
