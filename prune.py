@@ -240,10 +240,10 @@ def calibration_of(how, data, machine):
 
 
 def prune_and_test(checkpoint, how, data, machine):
-    """(the checkpoint pruned, with its test accuracy; its network, on the device)."""
+    """The checkpoint pruned, with its test accuracy."""
     pruned = prune(checkpoint, how, calibration_of(how, data, machine))
     network = models.restore(pruned).to(machine.device)
-    return {**pruned, "test_accuracy": train.evaluate(network, data, machine)}, network
+    return {**pruned, "test_accuracy": train.evaluate(network, data, machine)}
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -325,11 +325,11 @@ def main(argv=None):
     for source, how, target in todo:
         checkpoint = checkpoints[source]
         data = train.data_for(checkpoint, args, machine)
-        pruned, network = prune_and_test(checkpoint, how, data, machine)
+        pruned = prune_and_test(checkpoint, how, data, machine)
         models.save(target, pruned)
         written.append(target)
         say(f"{source}: test {checkpoint['test_accuracy']:.2f} %; {label(how)}: test "
-            f"{pruned['test_accuracy']:.2f} %, {train.summary(network, data.side)}")
+            f"{pruned['test_accuracy']:.2f} %, {train.size(pruned['params'], pruned['macs'])}")
     say(f"Wrote {' '.join(written)}. Next: python retrain.py {' '.join(written)}")
 
 

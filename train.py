@@ -13,6 +13,7 @@ so going on needs nothing but the tensors and the curve so far.
 import argparse
 import contextlib
 import ctypes
+import datetime
 import functools
 import hashlib
 import math
@@ -184,8 +185,7 @@ def describe(point, epochs):
 
 
 def clock(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    return datetime.timedelta(seconds=round(seconds))
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -566,9 +566,7 @@ def initial(recipe, classes):
         raise Refused(f"{refusal} ({problem})") from None
 
 
-def summary(network, side):
-    """Parameters and MACs as one phrase."""
-    parameters, macs = models.count(network, side)
+def size(parameters, macs):
     return f"{parameters:,} parameters, {macs:,} MACs"
 
 
@@ -593,7 +591,7 @@ def train(args, machine):
             same_run(settings, done["settings"], target)
             return say(f"{target}: done already, test {done['test_accuracy']:.2f} %")
         say(f"{args.arch} on {args.dataset} ({data.fingerprint}; {len(data.test[1])} test images): "
-            f"{summary(network, data.side)}; {recipe['epochs']} epochs, x0.1 at "
+            f"{size(parameters, macs)}; {recipe['epochs']} epochs, x0.1 at "
             f"{recipe['milestones']}; {machine.device}, {settings['precision']}")
         every = max(1, recipe["epochs"] // 18)            # counted from the end, as budgets are
         keep = range(recipe["epochs"] % every or every, recipe["epochs"], every)
@@ -688,7 +686,7 @@ def main(argv=None):
     checkpoint = models.read(args.evaluate, "dense", "pruned", "retrained")
     network, data = models.restore(checkpoint), data_for(checkpoint, args, machine)
     accuracy = evaluate(network.to(machine.device), data, machine)
-    say(f"{args.evaluate}: test {accuracy:.2f} %, {summary(network, data.side)}")
+    say(f"{args.evaluate}: test {accuracy:.2f} %, {size(*models.count(network, data.side))}")
 
 
 if __name__ == "__main__":
