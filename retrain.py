@@ -328,30 +328,32 @@ def spread(values):
     return f"{np.mean(values):.2f}{sd}"
 
 
-def table(cells):
-    """Markdown: a line for each pruned network and budget, a column for each schedule."""
+def tables(cells):
+    """Markdown: a table for each network and what was pruned; a line for each schedule, a column
+    for each method and budget."""
     lines = []
-    for network in dict.fromkeys(network for network, *_ in cells):
-        mine = {key: cell for key, cell in sorted(cells.items()) if key[0] == network}
-        arms = in_order(arm for cell in mine.values() for arm in cell)
-        dense = {row["dense"]: row["dense_test_accuracy"] for cell in mine.values()
-                 for runs in cell.values() for row in runs.values()}
-        lines += [f"**{network}**, dense {spread([*dense.values()])} (n={len(dense)}); last-epoch "
-                  "test accuracy in %, mean ± sd (difference to the dense network), n runs.", "",
-                  "| pruned | by | params / MACs left | t | n | " + " | ".join(arms) + " |",
-                  "|---" * (5 + len(arms)) + "|"]
-        for (_, what, method, t), cell in mine.items():
-            columns = dict.fromkeys(arms, "–")
-            for arm, runs in cell.items():
-                after, before = ([row[key] for row in runs.values()]
+    for network, what in dict.fromkeys(key[:2] for key in cells):
+        mine = {key[2:]: cell for key, cell in sorted(cells.items()) if key[:2] == (network, what)}
+        dense, sizes = {}, []
+        for cell in mine.values():
+            rows = [row for runs in cell.values() for row in runs.values()]
+            dense |= {row["dense"]: row["dense_test_accuracy"] for row in rows}
+            kept = rows[0]["nonzero" if rows[0]["structure"] == "weights" else "params"]
+            sizes.append(f"{kept / rows[0]['dense_params']:.0%}, "
+                         f"{rows[0]['macs'] / rows[0]['dense_macs']:.0%}")
+        lines += [f"**{network}, pruned: {what}**; dense {spread([*dense.values()])} "
+                  f"(n={len(dense)}).", "",
+                  "| | " + " | ".join(f"{method}, t={t}" for method, t in mine) + " |",
+                  "|---" * (1 + len(mine)) + "|",
+                  "| parameters, MACs left | " + " | ".join(sizes) + " |"]
+        for arm in in_order(arm for cell in mine.values() for arm in cell):
+            columns = []
+            for cell in mine.values():
+                after, before = ([row[key] for row in cell.get(arm, {}).values()]
                                  for key in ("test_accuracy", "dense_test_accuracy"))
-                columns[arm] = f"{spread(after)} ({np.subtract(after, before).mean():+.2f})"
-            first = next(iter(runs.values()))
-            kept = first["nonzero"] if first["structure"] == "weights" else first["params"]
-            n = "–".join(str(k) for k in sorted({len(runs) for runs in cell.values()}))
-            lines.append(f"| {what} | {method} | {kept / first['dense_params']:.0%} / "
-                         f"{first['macs'] / first['dense_macs']:.0%} | {t} | {n} | "
-                         + " | ".join(columns.values()) + " |")
+                columns.append(f"{spread(after)} ({np.subtract(after, before).mean():+.2f}, "
+                               f"n={len(after)})" if after else "–")
+            lines.append(f"| `{arm}` | " + " | ".join(columns) + " |")
         lines.append("")
     return "\n".join(lines)
 
@@ -392,7 +394,10 @@ CLAIMS = (
 
 def differences(terms, cells, network, what, m):
     """(t, the sums of `terms` paired by dense network and seeds) at the longest budget at which
-    there are any; (None, []) if there is none."""
+    there are any; (None, []) if there is none, or the claim would compare a thing with itself."""
+    if (m == "random" and re.search("[+-]c ", terms)
+            or what == "nothing" and re.search("[+-]- ", terms)):
+        return None, []
     budgets = sorted({t for *key, _, t in cells if key == [network, what]}, reverse=True)
 
     def accuracies(who, schedule, t):
@@ -415,34 +420,36 @@ def verdict(values, relation):
     """How the mean of `values` (paired sums, pp) stands to 0, with Student's 95 % interval."""
     mean, n = float(np.mean(values)), len(values)
     if n < 3:
-        return f"not decided {mean:+.2f}, n = {n}"
+        return f"not decided {mean:+.2f}, n={n}"
     half = t_quantile(n - 1) * np.std(values, ddof=1) / math.sqrt(n)
     low, high = mean - half, mean + half
     yes, no = {">": (low > 0, high < 0), "<=": (low <= 0 and high <= SAME, low > 0),
                "=": (-SAME <= low <= 0 <= high <= SAME, low > 0 or high < 0)}[relation]
     word = "**yes**" if yes else "**no**" if no else "not decided"
-    return f"{word} {mean:+.2f} [{low:+.2f}, {high:+.2f}], n = {n}"
+    return f"{word} {mean:+.2f} [{low:+.2f}, {high:+.2f}], n={n}"
 
 
 def claims(cells):
-    """The claims against the rows: markdown, a line for each that the rows can say something of."""
-    lines = ["| claim | network, pruned | by | t | verdict: difference in pp [95 % interval] |",
-             "|---|---|---|---|---|"]
+    """The claims against the rows: markdown, a table for each network and what was pruned, a line
+    for each claim that the rows can say something of."""
+    lines = []
     for network, what in dict.fromkeys(key[:2] for key in cells):
         mine = {key: cell for key, cell in cells.items() if key[:2] == (network, what)}
+        methods = sorted({key[2] for key in mine})
         controls = [(f"control: {arm} > {other}", f"+m {arm}, -m {other}", ">")
                     for arm in in_order(arm for cell in mine.values() for arm in cell)
                     for other in ("one_cycle", "finetune") if arm.startswith("one_cycle/")]
+        head = [f"| {network}, pruned: {what} | " + " | ".join(methods) + " |",
+                "|---" * (1 + len(methods)) + "|"]
         for text, terms, relation in (*CLAIMS, *controls):
-            for m in sorted({method for _, _, method, _ in mine}):
-                if (m == "random" and re.search("[+-]c ", terms)
-                        or what == "nothing" and re.search("[+-]- ", terms)):
-                    continue
-                t, values = differences(terms, cells, network, what, m)
-                if values:
-                    lines.append(f"| {text} | {network.split()[0]} {what} | {m} | {t} | "
-                                 f"{verdict(values, relation)} |")
-    return "\n".join(lines) + "\n"
+            found = [differences(terms, cells, network, what, m) for m in methods]
+            if any(values for _, values in found):
+                lines += head + [f"| {text} | " + " | ".join(
+                    f"{verdict(values, relation)}, t={t}" if values else "–"
+                    for t, values in found) + " |"]
+                head = []
+        lines += [""] * (not head)
+    return "\n".join(lines)
 
 
 def pictures(cells):
@@ -471,9 +478,11 @@ def report(rows):
     minutes, found = sum(r["seconds"] for r in rows) / 60, cells(rows)
     return "\n".join([
         f"\n{len(rows)} retrainings, {minutes:.0f} minutes of a process; {'; '.join(made)}.", "",
-        "## Claims", "", "Paired over dense networks and seeds; the interval is Student's t at "
-        "95 %, each claim by itself: of twenty undecided ones, one will look decided by chance.",
-        "", claims(found), "## Accuracy", "", table(found), "## By epoch", "",
+        "## Claims", "", "Differences in percentage points, paired over dense networks and seeds, "
+        "with Student's interval at 95 %, each claim by itself: of twenty undecided ones, one will "
+        "look decided by chance.",
+        "", claims(found), "## Accuracy", "", "Of the last epoch, on the test images, in %: "
+        "mean ± sd (difference to the dense network, runs).", "", tables(found), "## By epoch", "",
         "The dip while the learning rate is large is normal: compare the ends.", "", "```",
         pictures(found), "```"])
 
