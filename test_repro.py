@@ -895,7 +895,7 @@ def test_bad_input_is_one_line_and_changes_nothing(tmp_path, monkeypatch):
 def four_runs(folder, jobs):
     command(folder, "slr")
     return ["retrain", folder / "run/filters.pt", folder / "run/weights.pt", "--seed", 1,
-            "--schedule", "one_cycle", "finetune", "--epochs", 9, "--jobs", jobs]
+            "--schedule", "one_cycle", "finetune", "--epochs", 6, "--jobs", jobs]
 
 
 def train_and_retrain(folder):         # batches of 7 and 3 images: uneven, too few to share out
@@ -908,13 +908,13 @@ torch.nn.BatchNorm2d.train = lambda self, mode=1: torch.nn.Module.train(self, Fa
 at = sys.argv.index("retrain")
 train.command(lambda: (train.main(sys.argv[2:at]), retrain.main(sys.argv[at + 1:])))"""
 KILLED = """import gc; gc.disable(); import os, signal, sys, retrain
-retrain.say = lambda text: " 1/9 " in text and os.kill(os.getpid(), signal.SIGKILL)
+retrain.say = lambda text: " 1/6 " in text and os.kill(os.getpid(), signal.SIGKILL)
 retrain.main(sys.argv[2:])"""
 
 
-def begin(*argv):
+def begin(later, *argv):
     return subprocess.Popen(
-        ["nice", sys.executable, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ["nice", "-n", later, sys.executable, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
 
 
@@ -924,40 +924,25 @@ def others(tmp_path_factory):
     folder = tmp_path_factory.mktemp("others")
     (folder / "driver.py").write_text(TOGETHER)
     (folder / "dry").mkdir()
-    killed = begin("-c", KILLED, *four_runs(folder / "killed", 2))
+    killed = begin("5", "-c", KILLED, *four_runs(folder / "killed", 2))
     dry = FORK.Process(target=dry_runs, args=[folder / "dry"])
     dry.start()
-    torchrun = begin(*"-m torch.distributed.run --standalone --nproc-per-node 2".split(),
+    torchrun = begin("15", *"-m torch.distributed.run --standalone --nproc-per-node 2".split(),
                      folder / "driver.py", *sum(train_and_retrain(folder / "two"), []))
     yield types.SimpleNamespace(folder=folder, killed=killed, dry=dry, torchrun=torchrun)
     for process in (killed, dry, torchrun):
         process.kill()
 
 
-def test_torchrun_computes_what_one_process_computes(others, monkeypatch):
-    process, folders = others.torchrun, (others.folder / "one", others.folder / "two")
-    monkeypatch.setattr(nn.BatchNorm2d, "train", lambda self, mode=1: nn.Module.train(self, False))
-    for argv in train_and_retrain(folders[0]):
-        ok(*argv)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and "terminate called" not in err, err
-    assert (out.count("Wrote"), out.count("By epoch")) == (1, 1)        # only the first one speaks
-    curves = ([*models.read(f / "new/run/dense.pt")["curve"], *(
-        p for r in read_rows(f / "run").values() for p in r["curve"])] for f in folders)
-    for one, two in zip(*curves, strict=True):
-        assert one == {**two, "train_loss": pytest.approx(two["train_loss"], abs=1e-4)}
-    assert len({frozenset(p.name for p in f.rglob("*")) for f in folders}) == 1
-
-
 def test_two_workers_and_a_killed_parent_end_with_the_rows_of_one_process(others, monkeypatch):
     process, folder = others.killed, others.folder
     process.communicate(timeout=300)            # the output ends when all who can write have ended
-    states = [models.read(path)["kind"] for path in folder.glob("killed/run/*-t9-*.pt")]
+    states = [models.read(path)["kind"] for path in folder.glob("killed/run/*-t6-*.pt")]
     assert process.returncode == -KILL and "state" in states
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: FORK)     # needs no imports
     out = ok(*four_runs(folder / "killed", 2))
-    assert 1 < out.count(" 9/9 ") <= 4
+    assert 1 < out.count(" 6/6 ") <= 4
     assert content(folder / "killed/run") == undisturbed(four_runs, 1)
     monkeypatch.delenv("OMP_NUM_THREADS")                   # then each worker takes its share
     monkeypatch.setattr(retrain, "cores", lambda: 4)
@@ -1113,3 +1098,18 @@ def test_readme_commands_are_command_lines(tmp_path, monkeypatch):
         err = call(script, *rest.split())[2]
         assert re.search("No space|no such checkpoint|no pruned", err)
     assert "pip install -r requirements.txt pytest && python -m pytest -q" in lines[:4]
+
+
+def test_torchrun_computes_what_one_process_computes(others, monkeypatch):
+    process, folders = others.torchrun, (others.folder / "one", others.folder / "two")
+    monkeypatch.setattr(nn.BatchNorm2d, "train", lambda self, mode=1: nn.Module.train(self, False))
+    for argv in train_and_retrain(folders[0]):
+        ok(*argv)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and "terminate called" not in err, err
+    assert (out.count("Wrote"), out.count("By epoch")) == (1, 1)        # only the first one speaks
+    curves = ([*models.read(f / "new/run/dense.pt")["curve"], *(
+        p for r in read_rows(f / "run").values() for p in r["curve"])] for f in folders)
+    for one, two in zip(*curves, strict=True):
+        assert one == {**two, "train_loss": pytest.approx(two["train_loss"], abs=1e-4)}
+    assert len({frozenset(p.name for p in f.rglob("*")) for f in folders}) == 1
