@@ -368,25 +368,25 @@ def t_quantile(freedom):
 
 SAME = 1        # pp: two arms are called equal if the whole interval is within this of 0
 
-# What the paper (and this study) claims: words; the accuracies that are added and subtracted, each
+# What the paper and this study claim: words; the accuracies that are added and subtracted, each
 # (pruned by, schedule): m every method, c every one but random, - the unpruned network retrained;
 # `first`: at the shortest budget; and how the sum is to be.
 CLAIMS = (
-    ("C1 lr_rewind > finetune", "+m lr_rewind, -m finetune", ">"),
-    ("C1 slr > finetune", "+m slr, -m finetune", ">"),
-    ("C1 slr = lr_rewind", "+m slr, -m lr_rewind", "="),
-    ("C2 one_cycle > finetune", "+m one_cycle, -m finetune", ">"),
-    ("C2 one_cycle > lr_rewind", "+m one_cycle, -m lr_rewind", ">"),
-    ("C2 one_cycle > weight_rewind", "+m one_cycle, -m weight_rewind", ">"),
-    ("C2 one_cycle > slr", "+m one_cycle, -m slr", ">"),
-    ("C3 finetune gains nothing from epochs", "+m finetune, -m finetune first", "<="),
-    ("C4 one_cycle > dense", "+m one_cycle, -m dense", ">"),
-    ("C4 finetune < dense", "+m dense, -m finetune", ">"),
-    ("C6 random + one_cycle > c + finetune", "+random one_cycle, -c finetune", ">"),
-    ("C7 c > random under one_cycle", "+c one_cycle, -random one_cycle", ">"),
-    ("C7 that gap is smaller than under finetune",
+    ("lr_rewind > finetune", "+m lr_rewind, -m finetune", ">"),
+    ("slr > finetune", "+m slr, -m finetune", ">"),
+    ("slr = lr_rewind", "+m slr, -m lr_rewind", "="),
+    ("one_cycle > finetune", "+m one_cycle, -m finetune", ">"),
+    ("one_cycle > lr_rewind", "+m one_cycle, -m lr_rewind", ">"),
+    ("one_cycle > weight_rewind", "+m one_cycle, -m weight_rewind", ">"),
+    ("one_cycle > slr", "+m one_cycle, -m slr", ">"),
+    ("finetune gains nothing from more epochs", "+m finetune, -m finetune first", "<="),
+    ("one_cycle > the dense network", "+m one_cycle, -m dense", ">"),
+    ("finetune < the dense network", "+m dense, -m finetune", ">"),
+    ("random with one_cycle > this with finetune", "+random one_cycle, -c finetune", ">"),
+    ("this > random, both with one_cycle", "+c one_cycle, -random one_cycle", ">"),
+    ("that gap is smaller than with finetune",
      "+c finetune, -random finetune, -c one_cycle, +random one_cycle", ">"),
-    ("one_cycle > the dense network retrained by it", "+m one_cycle, -- one_cycle", ">"),
+    ("one_cycle > the dense network retrained with it", "+m one_cycle, -- one_cycle", ">"),
     ("one_cycle - finetune > that of the dense network",
      "+m one_cycle, -m finetune, -- one_cycle, +- finetune", ">"),
 )

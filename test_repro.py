@@ -224,7 +224,7 @@ def test_tails_stretches_and_drops():
     dense = [schedules.dense(CIFAR, 1)(e)[0] for e in range(160)]
     for t in range(1, 161):
         assert lrs("lr_rewind", t) == dense[160 - t:] == lrs("weight_rewind", t)
-    assert lrs("lr_rewind", 40) == lrs("finetune", 40)               # claim C5, by construction
+    assert lrs("lr_rewind", 40) == lrs("finetune", 40)          # the paper's short budget
     for name in ("scratch", "scratch_e", "scratch_b"):
         assert lrs(name, 80) == dense[::2] and lrs(name, 320, 3)[::6] == dense
     recipe = {**CIFAR, "schedule": "linear"}
@@ -236,7 +236,7 @@ def test_tails_stretches_and_drops():
         values, warmup = lrs("slr", t, recipe=recipe), int(0.1 * t)
         drops = [e for e in range(warmup + 1, t) if values[e] < values[e - 1] / 2]
         assert drops == [warmup + int(share * t) for share in shares]
-    assert lrs("slr", 40, recipe={**CIFAR, "schedule": "cosine"})[22] == pytest.approx(0.05)
+    assert lrs("slr", 40, 3, {**CIFAR, "schedule": "cosine"})[3 * 22] == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("name, epochs, steps, recipe, more, wanted", [
@@ -439,6 +439,9 @@ def test_folders_are_what_torchvision_reads(tmp_path, side):
         assert changed[:-8] == data.fingerprint[:-8] and changed != data.fingerprint
         return
     assert (data.mean, data.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    copied = train.load_data("folder", shutil.copytree(tmp_path, tmp_path / "else/where"), 6, 2,
+                             CPU.device)
+    assert copied.fingerprint == data.fingerprint
     none, two, other = ([x for x, *_ in train.train_batches(data, 0, epoch, 3, CPU._replace(
         workers=workers))] for epoch, workers in ((1, 0), (1, 2), (2, 0)))
     for x, same, later in zip(none, two, other):
@@ -455,7 +458,13 @@ def test_recipes_subsets_and_generated_images(monkeypatch):
     assert np.bincount(train.balanced(np.arange(99) % 3, 8) % 3).tolist() == [3, 3, 2]
     assert len(torch.cat([train.shapes(99, seed)[0] for seed in (0, 0, 1)]).unique(dim=0)) == 198
     assert train.shapes(500, 0)[0].double().std().item() == pytest.approx(51.7, rel=0.02)
-    assert train.CIFAR_STATISTICS == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    assert [len(train.split_of("shapes", "", part)[1]) for part in (True, False)] == [3000, 2000]
+    draw = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", lambda root, part, download: (
+        types.SimpleNamespace(data=draw[:6 if part else 2], targets=[0, 1] * 3, classes="ab")))
+    data = train.load_data("cifar100", "x", None, None, CPU.device)
+    assert np.array_equal(data.test[0].permute(0, 2, 3, 1), draw[:2]) and len(data.train[0]) == 6
+    assert (data.mean, data.std) == ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
     made = []
     monkeypatch.setattr(train, "train", lambda args, _: made.append(train.the_recipe(args)))
     for line, *wanted in (
@@ -628,20 +637,20 @@ def test_verdicts_and_claims_which_are_paired_and_leave_out_what_was_not_run():
     assert text == """\
 | resnet56 on cifar10, pruned: filters planB | l1 | random |
 |---|---|---|
-| C2 one_cycle > finetune | +0.60, t=4 | – |
-| C2 one_cycle > slr | – | +0.10, t=4 |
-| C3 finetune gains nothing from epochs | +6.00, n=2, t=8 | – |
-| C4 one_cycle > dense | -88.00, t=8 | -0.10, t=4 |
-| C4 finetune < dense | +91.50, n=2, t=8 | – |
-| C6 random + one_cycle > c + finetune | +0.40, t=4 | – |
-| C7 c > random under one_cycle | +0.20, t=4 | – |
-| one_cycle > the dense network retrained by it | +43.10, t=4 | +42.90, t=4 |
+| one_cycle > finetune | +0.60, t=4 | – |
+| one_cycle > slr | – | +0.10, t=4 |
+| finetune gains nothing from more epochs | +6.00, n=2, t=8 | – |
+| one_cycle > the dense network | -88.00, t=8 | -0.10, t=4 |
+| finetune < the dense network | +91.50, n=2, t=8 | – |
+| random with one_cycle > this with finetune | +0.40, t=4 | – |
+| this > random, both with one_cycle | +0.20, t=4 | – |
+| one_cycle > the dense network retrained with it | +43.10, t=4 | +42.90, t=4 |
 | control: one_cycle/lr=0.2/end=0/flat-momentum > one_cycle | -0.20, t=4 | – |
 | control: one_cycle/lr=0.2/end=0/flat-momentum > finetune | +0.40, t=4 | – |
 
 | resnet56 on cifar10, pruned: nothing | l1 |
 |---|---|
-| C4 one_cycle > dense | -38.00, n=2, t=4 |
+| one_cycle > the dense network | -38.00, n=2, t=4 |
 """
 
 
@@ -657,7 +666,7 @@ def test_the_report_to_the_digit():
             "| `slr` | 93.50 ± 0.71 (+0.50, n=2) | – | – | 93.50 (+0.50, n=1) |",
             "**resnet56 on cifar10, pruned: weights 0.5-layer-linear round 2**; dense 93.00 (n=1).",
             "| parameters, MACs left | 20%, 100% |", "| `slr` | 90.00 (-3.00, n=1) |",
-            "| C1 slr > finetune | not decided +3.00, n=2, t=2 | – |", "| | random, t=2 |",
+            "| slr > finetune | not decided +3.00, n=2, t=2 | – |", "| | random, t=2 |",
             "resnet56 on cifar10, filters planB by l1: test accuracy over 2 epochs, 90.17 to 93.50;"
             " each one's largest, last",
             "  finetune         " + 30 * "▁" + 30 * "▃" + " 91.17 91.17"):
@@ -914,8 +923,8 @@ retrain.main(sys.argv[2:])"""
 
 def begin(later, *argv):
     return subprocess.Popen(
-        ["nice", "-n", later, sys.executable, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+        ["nice", "-n", later, sys.executable, *map(str, argv)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -989,6 +998,7 @@ def test_the_scripts_chain_and_rows_say_all(dry, monkeypatch):
     for name, row in rows.items():
         saved, pruned = models.read(dry / f"{name}.pt", "retrained"), sources[row["method"]]
         assert row["seconds"] == round(row["seconds"], 1) and saved["row"] == row
+        assert name.startswith(f"filters-{row['method']}-0.5-{row['schedule']}-t1-s0-")
         assert len(row["curve"]) == row["epochs"]
         assert row["test_accuracy"] == saved["test_accuracy"] == row["curve"][-1]["test_accuracy"]
         assert row | {k: pruned[k] for k in ("distance", "removed", "arch", "recipe")} | {
