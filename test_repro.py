@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -349,7 +350,7 @@ def test_weight_pruning_is_torchs_and_cumulative():
     one, two, three = (torch.cat([v.double().flatten() for v in c["model"].values()
                                   if v.dim() == 4]) for c in (dense, first, second))
     assert (three == 0).sum() == round(0.51 * len(three)) and not three[two == 0].any()
-    assert first["removed"] == pytest.approx(0.3, abs=1e-4)
+    assert [c["removed"] for c in (first, second)] == [pytest.approx(0.3, abs=1e-4)] * 2
     assert first["distance"] ** 2 == pytest.approx(1 - (two.norm() / one.norm()).item() ** 2)
     twice, name = pruned(pruned(dense), sparsity=0.25, method="random"), "layer1.0.conv1"
     rows = dense["model"][f"{name}.weight"][twice["kept"][name]]
@@ -675,7 +676,6 @@ def test_the_report_to_the_digit():
 
 def dry_runs(folder):
     """The three scripts, one after the other, as on Windows; in a process of its own."""
-    os.nice(10)
     os.chdir(folder)
     real = train.ctypes.CDLL.__init__
     train.ctypes.CDLL.__init__ = lambda self, name, *more, **named: real(
@@ -789,7 +789,8 @@ def test_rounds_prune_and_retrain_in_one_call(tmp_path):
         model = models.read(run / f"{name}.pt")["model"]
         zero = sum((v == 0).sum().item() for v in model.values() if v.dim() == 4)
         assert (row["round"], row["sparsity"], zero) == (k, 1 - 0.5 ** k, 74160 * (1 - 0.5 ** k))
-    ok(*command(tmp_path, "slr", "filters", "--rounds", 2))
+    out = ok(*command(tmp_path, "slr", "filters", "--rounds", 2))
+    assert re.findall(r"; (\d) runs left", out) == ["2", "2", "1", "1"]
     one, two = (models.read(run / f"{n}.pt")["kept"] for n in [*read_rows(run)][3:])
     assert all(len(two[c]) == len(k) // 2 and set(two[c].tolist()) < {*k.tolist()}
                for c, k in one.items())
@@ -912,34 +913,38 @@ def train_and_retrain(folder):         # batches of 7 and 3 images: uneven, too 
             command(folder, "lr_rewind", "weights"))
 
 
-TOGETHER = """import gc; gc.disable(); import sys, torch, train, retrain
-torch.nn.BatchNorm2d.train = lambda self, mode=1: torch.nn.Module.train(self, False)
-at = sys.argv.index("retrain")
-train.command(lambda: (train.main(sys.argv[2:at]), retrain.main(sys.argv[at + 1:])))"""
+def one_of_two(rank, port, folder):
+    """What torchrun starts twice, here without importing everything again."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    sys.stdout = open(folder / f"{rank}.txt", "w")
+    nn.BatchNorm2d.train = lambda self, mode=True: nn.Module.train(self, False)
+    dense, retrained = ([*map(str, argv[1:])] for argv in train_and_retrain(folder))
+    train.command(lambda: (train.main(dense), retrain.main(retrained)))
+
+
 KILLED = """import gc; gc.disable(); import os, signal, sys, retrain
 retrain.say = lambda text: " 1/6 " in text and os.kill(os.getpid(), signal.SIGKILL)
 retrain.main(sys.argv[2:])"""
-
-
-def begin(later, *argv):
-    return subprocess.Popen(
-        ["nice", "-n", later, sys.executable, *map(str, argv)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
 
 
 @pytest.fixture(scope="module", autouse=True)
 def others(tmp_path_factory):
     """Processes that work on the second core from the beginning on, and their folder."""
     folder = tmp_path_factory.mktemp("others")
-    (folder / "driver.py").write_text(TOGETHER)
     (folder / "dry").mkdir()
-    killed = begin("5", "-c", KILLED, *four_runs(folder / "killed", 2))
-    dry = FORK.Process(target=dry_runs, args=[folder / "dry"])
-    dry.start()
-    torchrun = begin("15", *"-m torch.distributed.run --standalone --nproc-per-node 2".split(),
-                     folder / "driver.py", *sum(train_and_retrain(folder / "two"), []))
-    yield types.SimpleNamespace(folder=folder, killed=killed, dry=dry, torchrun=torchrun)
-    for process in (killed, dry, torchrun):
+    train_and_retrain(folder)
+    killed = subprocess.Popen(
+        [sys.executable, "-c", KILLED, *map(str, four_runs(folder / "killed", 2))],
+        stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    dry, *two = [FORK.Process(target=dry_runs, args=[folder / "dry"]), *(
+        FORK.Process(target=one_of_two, args=[rank, port, folder]) for rank in range(2))]
+    for process in (dry, *two):
+        process.start()
+    yield types.SimpleNamespace(folder=folder, killed=killed, dry=dry, two=two)
+    for process in (killed, dry, *two):
         process.kill()
 
 
@@ -1110,16 +1115,21 @@ def test_readme_commands_are_command_lines(tmp_path, monkeypatch):
     assert "pip install -r requirements.txt pytest && python -m pytest -q" in lines[:4]
 
 
-def test_torchrun_computes_what_one_process_computes(others, monkeypatch):
-    process, folders = others.torchrun, (others.folder / "one", others.folder / "two")
+def test_two_processes_compute_what_one_computes(others, tmp_path, monkeypatch):
     monkeypatch.setattr(nn.BatchNorm2d, "train", lambda self, mode=1: nn.Module.train(self, False))
-    for argv in train_and_retrain(folders[0]):
+    for argv in train_and_retrain(tmp_path):
         ok(*argv)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and "terminate called" not in err, err
-    assert (out.count("Wrote"), out.count("By epoch")) == (1, 1)        # only the first one speaks
+    for process in others.two:
+        process.join(300)
+    assert [process.exitcode for process in others.two] == [0, 0]
+    out = (others.folder / "0.txt").read_text()                         # only the first one speaks
+    assert (out.count("Wrote"), out.count("By epoch")) == (1, 1)
+    assert (others.folder / "1.txt").read_text() == ""
     curves = ([*models.read(f / "new/run/dense.pt")["curve"], *(
-        p for r in read_rows(f / "run").values() for p in r["curve"])] for f in folders)
+        p for r in read_rows(f / "run").values() for p in r["curve"])]
+        for f in (tmp_path, others.folder))
     for one, two in zip(*curves, strict=True):
         assert one == {**two, "train_loss": pytest.approx(two["train_loss"], abs=1e-4)}
-    assert len({frozenset(p.name for p in f.rglob("*")) for f in folders}) == 1
+    for part in ("new", "run"):
+        assert len({frozenset(p.name for p in (f / part).rglob("*"))
+                    for f in (tmp_path, others.folder)}) == 1
