@@ -408,7 +408,7 @@ def test_batches_show_each_image_once_and_ranks_share_them():
         for rank, weights in enumerate(wanted):
             found = list(train.train_batches(tiny_data(count), 0, 2, 8, CPU._replace(
                 rank=rank, world=world)))
-            assert [b[2:] for b in found] == weights
+            assert [b[2:] for b in found] == weights and all(len(x) > 0 for x, *_ in found)
             for mine, batch in zip(found[:-1], whole if count == 33 else ()):
                 assert torch.equal(mine[0], batch[0][rank::world])
     x, y = prune.calibration_of({"method": "obd", "seed": 0, "calibration_images": 30}, data, CPU)
@@ -449,7 +449,7 @@ def test_folders_are_what_torchvision_reads(tmp_path, side):
         assert torch.equal(x, same) and not torch.equal(x, later) and x.shape == (3, 3, 224, 224)
 
 
-def test_recipes_subsets_and_generated_images(monkeypatch):
+def test_recipes_subsets_and_generated_images(tmp_path, monkeypatch):
     base = {"schedule": "step", "epochs": 160, "batch_size": 64, "lr": 0.1, "milestones": [80, 120],
             "momentum": 0.9, "weight_decay": 1e-4, "retrain": 40}
     large = base | {"epochs": 90, "batch_size": 256, "milestones": [30, 60], "retrain": 45}
@@ -474,9 +474,14 @@ def test_recipes_subsets_and_generated_images(monkeypatch):
         ok("train", *line.split())
         assert [made[-1][k] for k in ("epochs", "milestones", "batch_size")] == wanted
         assert made[-1]["seed"] == 0
+    monkeypatch.undo()
     monkeypatch.setattr(torchvision.models, "get_model", lambda *names, **more: (names, more))
     assert train.initial({"arch": "resnet50", "pretrained": True}, 1000) == (
         ("resnet50",), {"weights": "IMAGENET1K_V1"})
+    study()
+    monkeypatch.setattr(train, "initial", lambda recipe, classes: models.build("resnet8", classes))
+    assert " after 0 epochs" in ok("train", "--dataset", "folder", "--data-dir", HOME / "data",
+                                   "--epochs", 0, "--pretrained", "--out", tmp_path)
 
 
 @pytest.mark.parametrize("epochs, milestones", [(1, []), (2, [1]), (3, [1, 2])])
