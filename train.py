@@ -81,23 +81,23 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
     forward = network if machine.world == 1 else torch.nn.parallel.DistributedDataParallel(network)
     if machine.compile:
         forward = torch.compile(forward)
-    count = len(data.train[1])
-    steps = math.ceil(count / settings["batch_size"])
+    steps = math.ceil(len(data.train[1]) / settings["batch_size"])
     for epoch in range(len(curve), settings["epochs"]):
-        began, losses, hits = time.perf_counter(), [], []
+        began, losses, hits, seen = time.perf_counter(), [], [], 0
         network.train()
         batches = train_batches(data, settings["seed"], epoch, settings["batch_size"], machine)
-        for step, (x, y, counted, weight) in enumerate(batches, epoch * steps):
+        for step, (x, y) in enumerate(batches, epoch * steps):
             group["lr"], group["momentum"] = schedule(step)
-            loss, right = train_step(forward, optimizer, x, y, machine, weight, masks)
-            losses.append(loss * counted)                     # stays on the device: no step waits
-            hits.append(right * bool(counted))
+            loss, right = train_step(forward, optimizer, x, y, machine, masks)
+            losses.append(loss * len(y))                      # stays on the device: no step waits
+            hits.append(right)
+            seen += len(y) * machine.world
         losses, hits = together(network, torch.stack(losses), torch.stack(hits), machine)
         if not losses.isfinite().all():
             raise Refused(f"the loss is not finite in epoch {epoch + 1}; try a smaller --lr")
         curve.append({"epoch": epoch + 1, "lr": schedule(epoch * steps)[0],
-                      "train_loss": losses.double().sum().item() / count,
-                      "train_accuracy": 100 * hits.sum().item() / count,
+                      "train_loss": losses.double().sum().item() / seen,
+                      "train_accuracy": 100 * hits.sum().item() / seen,
                       "test_accuracy": evaluate(network, data, machine)})
         seconds += time.perf_counter() - began
         if machine.rank == 0:
@@ -110,13 +110,13 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
         yield curve, seconds
 
 
-def train_step(forward, optimizer, x, y, machine, weight=1.0, masks=None):
+def train_step(forward, optimizer, x, y, machine, masks=None):
     """One step of SGD. Returns the loss and the number of right answers, both still on the device.
     """
     with machine.autocast():
         out = forward(x)
     loss = F.cross_entropy(out.float(), y)
-    (loss * weight).backward()
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     if masks:                                  # pruned weights: back to exactly 0, all in one call
@@ -239,30 +239,23 @@ def affine(mean, std, device):
 
 
 def train_batches(data, seed, epoch, batch_size, machine):
-    """The batches of an epoch: (float images, labels, counted, weight).
+    """The batches of an epoch: (float images, labels).
 
-    With several processes (torchrun) each takes every world-th sample of the same global batch.
-    counted: how many of these samples this process answers for; weight: what its mean loss is
-    multiplied by so that DistributedDataParallel's mean over processes is the global batch's mean.
-    """
+    With several processes (torchrun) each takes every world-th sample of the same global batch, and
+    all as many, so that DistributedDataParallel's mean over processes is the batch's mean: what is
+    left over of the batch, less than world samples, is left out."""
     images, labels = data.train
     order, crop, flip = epoch_draws(seed, epoch, len(labels))
-    parts, counted = [], []
+    parts = []
     for low in range(0, len(labels), batch_size):
-        high = min(low + batch_size, len(labels))
-        # A last batch too small to share out: everybody takes it all and the first one counts.
-        small = high - low < 2 * machine.world
-        parts.append(slice(low, high) if small else slice(low + machine.rank, high, machine.world))
-        mine = 0 if small and machine.rank else len(range(*parts[-1].indices(high)))
-        counted.append((mine, mine * machine.world / (high - low)))
+        size = min(batch_size, len(labels) - low) // machine.world * machine.world
+        if size:
+            parts.append(slice(low + machine.rank, low + size, machine.world))
     if isinstance(images, list):
-        pairs = file_batches(data.train, [order[p] for p in parts], data, machine, (seed, epoch))
-    else:
-        order, crop, flip = (t.to(machine.device) for t in (order, crop, flip))
-        pairs = ((normalise(augment(images, order[p], crop[p], flip[p]), data), labels[order[p]])
-                 for p in parts)
-    for (x, y), counts in zip(pairs, counted):
-        yield x, y, *counts
+        return file_batches(data.train, [order[p] for p in parts], data, machine, (seed, epoch))
+    order, crop, flip = (t.to(machine.device) for t in (order, crop, flip))
+    return ((normalise(augment(images, order[p], crop[p], flip[p]), data), labels[order[p]])
+            for p in parts)
 
 
 def plain_batches(split, index, data, machine):
