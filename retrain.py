@@ -20,13 +20,12 @@ import json
 import math
 import multiprocessing
 import os
-import queue
 import re
 import signal
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
@@ -52,6 +51,8 @@ class Run(NamedTuple):
     schedule: str
     epochs: int         # the budget t
     seed: int
+    round: int = 1
+    before: str = ""    # in later rounds: the file that the last one wrote
 
 
 def start(run, checkpoint):
@@ -94,7 +95,7 @@ def rewound(run, checkpoint):
     return snapshot["model"], snapshot["momentum"]
 
 
-def settings_of(run, round, checkpoint, args, machine):
+def settings_of(run, checkpoint, args, machine):
     """(all that defines the run, as plain values; the name of its files, which ends with their
     hash)."""
     recipe, schedule = checkpoint["recipe"], run.schedule
@@ -102,7 +103,7 @@ def settings_of(run, round, checkpoint, args, machine):
               "scratch_b": recipe["epochs"] * checkpoint["dense_macs"] // checkpoint["macs"]}
     settings = {
         "pruned": models.digest(checkpoint["model"]), "dense": checkpoint["dense_id"],
-        "round": round, "schedule": schedule, "budget": run.epochs,
+        "round": run.round, "schedule": schedule, "budget": run.epochs,
         "epochs": longer.get(schedule, run.epochs), "seed": run.seed,
         "lr": args.lr if schedule in schedules.TAKE_LR else None,
         "end_lr": args.end_lr if schedule in schedules.TAKE_END_LR else None,
@@ -110,48 +111,38 @@ def settings_of(run, round, checkpoint, args, machine):
         "batch_size": recipe["batch_size"], "weight_decay": recipe["weight_decay"],
         "subset": recipe["subset"], "precision": "bf16" if machine.bf16 else "fp32"}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    stem = os.path.basename(run.path)[:-3] + (f"--r{round}" if round > 1 else "")
+    stem = os.path.basename(run.path)[:-3] + (f"--r{run.round}" if run.round > 1 else "")
     return settings, f"{stem}-{schedule}-t{run.epochs}-s{run.seed}-{digest}"
 
 
-def retrain(run, round, checkpoint, data, args, machine, send):
-    """One retraining: start weights, schedule, the loop. Writes and returns the checkpoint, which
-    holds its row; one that is there already is not trained again."""
-    settings, name = settings_of(run, round, checkpoint, args, machine)
+def retrain(run, args, machine):
+    """One retraining: start weights, schedule, the loop. Writes the checkpoint and returns its row;
+    what is there already is not trained again."""
+    checkpoint = models.read(run.path, "pruned")
+    data = train.data_for(checkpoint, args, machine)
+    if run.round > 1:               # the last round's network, pruned again by as much
+        how = dict(checkpoint["pruning"])
+        if how["structure"] == "weights":      # counts all zeros: .3, then .51, .66 …
+            how["sparsity"] = [1 - (1 - how["sparsity"][0]) ** run.round]
+        checkpoint = prune.prune_and_test(models.read(run.before), how, data, machine)
+    settings, name = settings_of(run, checkpoint, args, machine)
     target = os.path.join(os.path.dirname(run.path), name + ".pt")
     if os.path.exists(target) and (done := models.read(target))["kind"] == "retrained":
-        return done
-    steps = math.ceil(len(data.train[1]) / settings["batch_size"])
+        return done["row"]
+    epochs, steps = settings["epochs"], math.ceil(len(data.train[1]) / settings["batch_size"])
     network, momentum, masks = start(run, checkpoint)
     schedule = schedules.retrain(
-        run.schedule, settings["epochs"], steps, checkpoint["recipe"], settings["lr"],
-        settings["end_lr"], args.cycle_momentum, checkpoint["distance"], checkpoint["removed"])
+        run.schedule, epochs, steps, checkpoint["recipe"], settings["lr"], settings["end_lr"],
+        args.cycle_momentum, checkpoint["distance"], checkpoint["removed"])
     for curve, seconds in train.fit(
             network, data, schedule, {**settings, "data": checkpoint["settings"]["data"]},
             machine, target, masks, momentum):
-        send("epoch", name, curve[-1], settings["epochs"])
-    done = {**checkpoint, "kind": "retrained", "model": network.cpu().state_dict(),
-            "test_accuracy": curve[-1]["test_accuracy"],
-            "row": row_of(settings, checkpoint, curve, seconds, name, machine)}
+        say(f"{train.describe(curve, seconds, epochs)}  {name}")
+    row = row_of(settings, checkpoint, curve, seconds, name, machine)
     if machine.rank == 0:
-        models.save(target, done)
-    return done
-
-
-def rounds(run, args, machine, send):
-    """Retrain; with --rounds prune the result again by as much and retrain it, and so on. Sends
-    ("epoch", name, point of the curve, epochs) and ("row", folder, row)."""
-    pruned = models.read(run.path, "pruned")
-    data, how = train.data_for(pruned, args, machine), pruned["pruning"]
-    for round in range(1, args.rounds + 1):
-        if round > 1:
-            if how["structure"] == "weights":      # counts all zeros: .3, then .51, .66 …
-                again = {**how, "sparsity": [1 - (1 - how["sparsity"][0]) ** round]}
-            else:
-                again = how
-            pruned = prune.prune_and_test(pruned, again, data, machine)
-        pruned = retrain(run, round, pruned, data, args, machine, send)
-        send("row", os.path.dirname(run.path), pruned["row"])
+        models.save(target, {**checkpoint, "kind": "retrained", "row": row,
+                             "model": network.state_dict(), "test_accuracy": row["test_accuracy"]})
+    return row
 
 
 def row_of(settings, checkpoint, curve, seconds, name, machine):
@@ -202,7 +193,7 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def begin_worker(args, jobs, messages):
+def begin_worker(args, jobs):
     """In each new process: its share of the cores, or its GPU; it ends when its parent ends."""
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -212,83 +203,74 @@ def begin_worker(args, jobs, messages):
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // jobs))
     place = int(multiprocessing.current_process().name.split("-")[-1])    # they are numbered
-    begin_worker.rest = args, train.the_machine(args, place), lambda *m: messages.put(m)
+    attempt.here = args, train.the_machine(args, place)
 
 
-def attempt(run, args, machine, send):
-    """`rounds`; what can fail in one run is sent, so that the others go on."""
+def attempt(run):
+    """(run, its row), or (run, what went wrong), so that one that fails does not stop the others;
+    by the command line and on the machine of this process, `attempt.here`."""
     try:
-        rounds(run, args, machine, send)
+        return run, retrain(run, *attempt.here)
     except (Refused, OSError) as problem:
-        send("failed", f"{run.path} {run.schedule} t={run.epochs} seed={run.seed}: {problem}")
+        return run, f"{run.path} {run.schedule} t={run.epochs} seed={run.seed}: {problem}"
 
 
-def work(run):
-    """In a worker: one run."""
-    attempt(run, *begin_worker.rest)
-
-
-def in_processes(todo, jobs, args, receive):
-    """An `attempt` at each Run, `jobs` at a time."""
-    context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
-    with ProcessPoolExecutor(jobs, context, begin_worker, (args, jobs, messages)) as pool:
+@contextlib.contextmanager
+def attempts(jobs, args, machine):
+    """A function that attempts each Run of a list, `jobs` at a time, and yields the results as they
+    come."""
+    attempt.here = args, machine
+    if jobs <= 1:
+        yield lambda runs: map(attempt, runs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, begin_worker, (args, jobs)) as pool:
         try:
-            futures = [pool.submit(work, run) for run in todo]
-            while not all(future.done() for future in futures):
-                with contextlib.suppress(queue.Empty):
-                    receive(*messages.get(timeout=0.2))
-            for future in futures:
-                future.result()
+            yield lambda runs: (future.result() for future in as_completed(
+                [pool.submit(attempt, run) for run in runs]))
         except BrokenProcessPool:
             raise Refused("a worker process was killed; the same command goes on") from None
         except BaseException:                          # Ctrl-C, a full disk: end the workers too
             for child in multiprocessing.active_children():
                 child.kill()
             raise
-    while not messages.empty():                        # all is sent: the workers have ended
-        receive(*messages.get())
 
 
 def retrain_all(runs, args, machine):
-    """Every run of {Run: name} that is not there yet; rows are written as they come. Returns how
-    many failed."""
-    rows = {os.path.dirname(run.path): {} for run in runs}
+    """Every run of {Run: name} that is not there yet, round by round; rows are written as they
+    come. Returns how many failed."""
     with contextlib.ExitStack() as stack:
-        for folder in rows:
+        rows, todo, failed = {}, [], 0
+        for folder in {os.path.dirname(run.path) for run in runs}:
             stack.enter_context(train.working_in(folder or ".", machine))
             rows[folder] = read_rows(folder)
-        todo = []
         for run, name in runs.items():
             if args.rounds == 1 and name in rows[os.path.dirname(run.path)]:
                 say(f"{name}: done already")
             else:
                 todo.append(run)
-        began, epochs, left, failed = time.monotonic(), 0, len(todo) * args.rounds, 0
-        whole = sum(run.epochs for run in todo) * args.rounds
-
-        def receive(kind, *news):
-            nonlocal epochs, left, failed
-            if kind == "epoch":
-                name, point, total = news
-                epochs += 1
-                seconds = (time.monotonic() - began) / epochs * max(0, whole - epochs)
-                say(f"{train.describe(point, total)}  {name}; {left} runs left, about "
-                    f"{train.clock(seconds)}")
-            elif kind == "failed":
-                failed += 1
-                print(f"retrain.py: failed: {news[0]}", file=sys.stderr, flush=True)
-            elif machine.rank == 0:
-                folder, row = news
-                rows[folder][row["run"]] = row
-                write_rows(folder, rows[folder])
-                left -= 1
-        jobs = min(args.jobs or (cores() if machine.device.type == "cpu" else 1), len(todo))
-        if jobs > 1 and machine.world == 1:
-            in_processes(todo, jobs, args, receive)
-        else:
-            for run in todo:
-                attempt(run, args, machine, receive)
+        jobs = args.jobs or (cores() if machine.device.type == "cpu" else 1)
+        perform = stack.enter_context(
+            attempts(min(jobs, len(todo)) if machine.world == 1 else 1, args, machine))
+        began, done, every = time.monotonic(), 0, len(todo) * args.rounds
+        for round in range(1, args.rounds + 1):
+            results, todo = perform(todo), []
+            for run, row in results:
+                done += 1
+                if isinstance(row, str):
+                    failed += 1
+                    every -= args.rounds - round       # its later rounds
+                    print(f"retrain.py: failed: {row}", file=sys.stderr, flush=True)
+                    continue
+                folder, name = os.path.dirname(run.path), row["run"]
+                rows[folder][name] = row
+                if machine.rank == 0:
+                    write_rows(folder, rows[folder])
+                todo.append(run._replace(
+                    round=round + 1, before=os.path.join(folder, name + ".pt")))
+                left = (time.monotonic() - began) / done * (every - done)
+                say(f"{name}: test {row['test_accuracy']:.2f} %; {every - done} runs left, about "
+                    f"{train.clock(left)}")
     return failed
 
 
@@ -317,111 +299,106 @@ def cells(rows):
     return found
 
 
-def in_order(arms):
-    """Arms in the order of the schedules' names, variants behind their schedule; each once."""
-    return sorted(set(arms), key=lambda arm: (EVERY.index(arm.split("/")[0]), arm))
+def grouped(cells):
+    """(network, what was pruned, [keys of its cells], [their arms, in the schedules' order])."""
+    for network, what in dict.fromkeys(key[:2] for key in cells):
+        keys = sorted(key for key in cells if key[:2] == (network, what))
+        yield network, what, keys, sorted({arm for key in keys for arm in cells[key]},
+                                          key=lambda arm: (EVERY.index(arm.split("/")[0]), arm))
+
+
+def line(*columns):
+    """A line of a markdown table."""
+    return "| " + " | ".join(columns) + " |"
 
 
 def spread(values):
     """`mean ± sd` of some accuracies."""
-    sd = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{sd}"
+    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if values[1:] else "")
 
 
 def tables(cells):
     """Markdown: a table for each network and what was pruned; a line for each schedule, a column
     for each method and budget."""
     lines = []
-    for network, what in dict.fromkeys(key[:2] for key in cells):
-        mine = {key[2:]: cell for key, cell in sorted(cells.items()) if key[:2] == (network, what)}
-        dense, sizes = {}, []
-        for cell in mine.values():
-            rows = [row for runs in cell.values() for row in runs.values()]
-            dense |= {row["dense"]: row["dense_test_accuracy"] for row in rows}
-            kept = rows[0]["nonzero" if rows[0]["structure"] == "weights" else "params"]
-            sizes.append(f"{kept / rows[0]['dense_params']:.0%}, "
-                         f"{rows[0]['macs'] / rows[0]['dense_macs']:.0%}")
+    for network, what, keys, arms in grouped(cells):
+        rows = [[row for runs in cells[key].values() for row in runs.values()] for key in keys]
+        dense = {row["dense"]: row["dense_test_accuracy"] for column in rows for row in column}
         lines += [f"**{network}, pruned: {what}**; dense {spread([*dense.values()])} "
-                  f"(n={len(dense)}).", "",
-                  "| | " + " | ".join(f"{method}, t={t}" for method, t in mine) + " |",
-                  "|---" * (1 + len(mine)) + "|",
-                  "| parameters, MACs left | " + " | ".join(sizes) + " |"]
-        for arm in in_order(arm for cell in mine.values() for arm in cell):
-            columns = []
-            for cell in mine.values():
-                after, before = ([row[key] for row in cell.get(arm, {}).values()]
-                                 for key in ("test_accuracy", "dense_test_accuracy"))
-                columns.append(f"{spread(after)} ({np.subtract(after, before).mean():+.2f}, "
-                               f"n={len(after)})" if after else "–")
-            lines.append(f"| `{arm}` | " + " | ".join(columns) + " |")
+                  f"(n={len(dense)}).", "", line("", *(f"{key[2]}, t={key[3]}" for key in keys)),
+                  line(*["---"] * (1 + len(keys))),
+                  line("parameters, MACs left", *(
+                      f"{r['nonzero'] / r['dense_params']:.0%}, {r['macs'] / r['dense_macs']:.0%}"
+                      for r, *_ in rows))]
+        for arm in arms:
+            found = [cells[key].get(arm, {}).values() for key in keys]
+            lines.append(line(f"`{arm}`", *(
+                f"{spread([r['test_accuracy'] for r in runs])} ("
+                f"{np.mean([r['test_accuracy'] - r['dense_test_accuracy'] for r in runs]):+.2f}, "
+                f"n={len(runs)})" if runs else "–" for runs in found)))
         lines.append("")
     return "\n".join(lines)
 
 
-def t_quantile(freedom):
-    """The 97.5 % quantile of Student's t: with x = sqrt(f) tan(a) its density is cos(a)^(f-1)."""
-    angle = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
-    density = np.cos(angle).clip(0) ** (freedom - 1)
-    mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(freedom) * math.tan(np.interp(0.975, mass / mass[-1], angle))
-
-
+# The 97.5 % quantiles of Student's t, for 1, 2, … degrees of freedom; the last serves for more.
+STUDENT = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 SAME = 1        # pp: two arms are called equal if the whole interval is within this of 0
 
-# What the paper and this study claim: words; the accuracies that are added and subtracted, each
-# (pruned by, schedule): m every method, c every one but random, - the unpruned network retrained;
-# `first`: at the shortest budget; and how the sum is to be.
+# What the paper and this study claim, and the accuracies that are added and subtracted for it, as
+# `comparable` names them; the sum is to be larger than 0, equal, or not larger.
 CLAIMS = (
-    ("lr_rewind > finetune", "+m lr_rewind, -m finetune", ">"),
-    ("slr > finetune", "+m slr, -m finetune", ">"),
-    ("slr = lr_rewind", "+m slr, -m lr_rewind", "="),
-    ("one_cycle > finetune", "+m one_cycle, -m finetune", ">"),
-    ("one_cycle > lr_rewind", "+m one_cycle, -m lr_rewind", ">"),
-    ("one_cycle > weight_rewind", "+m one_cycle, -m weight_rewind", ">"),
-    ("one_cycle > slr", "+m one_cycle, -m slr", ">"),
-    ("finetune gains nothing from more epochs", "+m finetune, -m finetune first", "<="),
-    ("one_cycle > the dense network", "+m one_cycle, -m dense", ">"),
-    ("finetune < the dense network", "+m dense, -m finetune", ">"),
-    ("random with one_cycle > this with finetune", "+random one_cycle, -c finetune", ">"),
-    ("this > random, both with one_cycle", "+c one_cycle, -random one_cycle", ">"),
+    ("lr_rewind > finetune", "+lr_rewind -finetune", ">"),
+    ("slr > finetune", "+slr -finetune", ">"),
+    ("slr = lr_rewind", "+slr -lr_rewind", "="),
+    ("one_cycle > finetune", "+one_cycle -finetune", ">"),
+    ("one_cycle > lr_rewind", "+one_cycle -lr_rewind", ">"),
+    ("one_cycle > weight_rewind", "+one_cycle -weight_rewind", ">"),
+    ("one_cycle > slr", "+one_cycle -slr", ">"),
+    ("finetune gains nothing from more epochs", "+finetune -finetune/first", "<="),
+    ("one_cycle > the dense network", "+one_cycle -dense", ">"),
+    ("finetune < the dense network", "+dense -finetune", ">"),
+    ("random with one_cycle > this with finetune", "+one_cycle/random -finetune", ">"),
+    ("this > random, both with one_cycle", "+one_cycle -one_cycle/random", ">"),
     ("that gap is smaller than with finetune",
-     "+c finetune, -random finetune, -c one_cycle, +random one_cycle", ">"),
-    ("one_cycle > the dense network retrained with it", "+m one_cycle, -- one_cycle", ">"),
+     "+finetune -finetune/random -one_cycle +one_cycle/random", ">"),
+    ("one_cycle > the dense network retrained with it", "+one_cycle -one_cycle/unpruned", ">"),
     ("one_cycle - finetune > that of the dense network",
-     "+m one_cycle, -m finetune, -- one_cycle, +- finetune", ">"),
+     "+one_cycle -finetune -one_cycle/unpruned +finetune/unpruned", ">"),
 )
 
 
-def differences(terms, cells, network, what, m):
-    """(t, the sums of `terms` paired by dense network and seeds) at the longest budget at which
-    there are any; (None, []) if there is none, or the claim would compare a thing with itself."""
-    if (m == "random" and re.search("[+-]c ", terms)
-            or what == "nothing" and re.search("[+-]- ", terms)):
-        return None, []
-    budgets = sorted({t for *key, _, t in cells if key == [network, what]}, reverse=True)
+def comparable(cells, key):
+    """{name: {pair: accuracy}} of what the claims about a cell compare: its arms, `dense`, and with
+    a slash behind the arm those of random pruning, of the unpruned network, of the first budget."""
+    network, what, method, t = key
+    first = min(other[3] for other in cells if other[:3] == key[:3])
+    others = {"": key, "/random": (network, what, "random", t), "/first": (*key[:3], first),
+              **{"/unpruned": other for other in cells if other[::3] == (network, t)
+                 and other[1] == "nothing"}}
+    found = {"dense": {pair: row["dense_test_accuracy"] for runs in cells[key].values()
+                       for pair, row in runs.items()}}
+    for behind, other in others.items():
+        if other != key or not behind:        # nothing is compared with itself
+            found |= {arm + behind: {pair: row["test_accuracy"] for pair, row in runs.items()}
+                      for arm, runs in cells.get(other, {}).items()}
+    return found
 
-    def accuracies(who, schedule, t):
-        keys = [(network, what, m if who in "mc" else who, t)] if who != "-" else [
-            key for key in cells if key[::3] == (network, t) and key[1] == "nothing"]
-        column = "dense_test_accuracy" if schedule == "dense" else "test_accuracy"
-        return {pair: row[column] for key in keys for arm, runs in cells.get(key, {}).items()
-                if schedule in (arm, "dense") for pair, row in runs.items()}
-    for t in budgets[:-1] if "first" in terms else budgets:
-        found = [(term[0], accuracies(*term[1:].split()[:2], budgets[-1] if "first" in term else t))
-                 for term in terms.split(", ")]
-        pairs = [k for k in found[0][1] if all(k in values for _, values in found)]
-        if pairs:
-            return t, [sum(values[k] if sign == "+" else -values[k] for sign, values in found)
-                       for k in pairs]
-    return None, []
+
+def differences(terms, found):
+    """The sums of `terms`, as in CLAIMS, one for each pair of which all are `found`."""
+    parts = [(float(f"{term[0]}1"), found.get(term[1:], {})) for term in terms.split()]
+    return [sum(sign * values[pair] for sign, values in parts) for pair in parts[0][1]
+            if all(pair in values for _, values in parts)]
 
 
 def verdict(values, relation):
     """How the mean of `values` (paired sums, pp) stands to 0, with Student's 95 % interval."""
+    if not values:
+        return "–"
     mean, n = float(np.mean(values)), len(values)
     if n < 3:
         return f"not decided {mean:+.2f}, n={n}"
-    half = t_quantile(n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    half = STUDENT[min(n - 2, 8)] * np.std(values, ddof=1) / math.sqrt(n)
     low, high = mean - half, mean + half
     yes, no = {">": (low > 0, high < 0), "<=": (low <= 0 and high <= SAME, low > 0),
                "=": (-SAME <= low <= 0 <= high <= SAME, low > 0 or high < 0)}[relation]
@@ -430,44 +407,36 @@ def verdict(values, relation):
 
 
 def claims(cells):
-    """The claims against the rows: markdown, a table for each network and what was pruned, a line
-    for each claim that the rows can say something of."""
+    """The claims against the rows: markdown, tables as `tables` makes them, with a line for each
+    claim that the rows can say something of."""
     lines = []
-    for network, what in dict.fromkeys(key[:2] for key in cells):
-        mine = {key: cell for key, cell in cells.items() if key[:2] == (network, what)}
-        methods = sorted({key[2] for key in mine})
-        controls = [(f"control: {arm} > {other}", f"+m {arm}, -m {other}", ">")
-                    for arm in in_order(arm for cell in mine.values() for arm in cell)
-                    for other in ("one_cycle", "finetune") if arm.startswith("one_cycle/")]
-        head = [f"| {network}, pruned: {what} | " + " | ".join(methods) + " |",
-                "|---" * (1 + len(methods)) + "|"]
-        for text, terms, relation in (*CLAIMS, *controls):
-            found = [differences(terms, cells, network, what, m) for m in methods]
-            if any(values for _, values in found):
-                lines += head + [f"| {text} | " + " | ".join(
-                    f"{verdict(values, relation)}, t={t}" if values else "–"
-                    for t, values in found) + " |"]
-                head = []
-        lines += [""] * (not head)
+    for network, what, keys, arms in grouped(cells):
+        controls = [(f"control: {arm} > {other}", f"+{arm} -{other}", ">") for arm in arms
+                    if "/" in arm for other in (arm.split("/")[0], "finetune") if other != arm]
+        found = [comparable(cells, key) for key in keys]
+        body = [line(text, *(verdict(values, relation) for values in sums))
+                for text, terms, relation in (*CLAIMS, *controls)
+                if any(sums := [differences(terms, accuracies) for accuracies in found])]
+        if body:
+            lines += [line(f"{network}, pruned: {what}", *(f"{k[2]}, t={k[3]}" for k in keys)),
+                      line(*["---"] * (1 + len(keys))), *body, ""]
     return "\n".join(lines)
 
 
 def pictures(cells):
-    """Mean test accuracy by epoch of each pruned network's arms, as lines of blocks that share one
-    scale, at the budget with the most arms; without scratch, whose low start flattens the others.
-    """
+    """Mean test accuracy by epoch of each cell's arms, as lines of blocks that share one scale;
+    without scratch, whose low start flattens the others."""
     lines = []
-    for setting in dict.fromkeys(key[:3] for key in cells):
-        t, cell = max(((key[3], {a: cell[a] for a in in_order(cell) if not a.startswith("scratch")})
-                       for key, cell in cells.items() if key[:3] == setting),
-                      key=lambda item: (len(item[1]), item[0]))
-        curves = {arm: np.mean([[p["test_accuracy"] for p in r["curve"]] for r in runs.values()], 0)
-                  for arm, runs in cell.items()}
-        low, high = (f(map(f, curves.values()), default=0) for f in (min, max))
-        lines.append("{}, {} by {}: test accuracy over ".format(*setting) + f"{t} epochs, "
-                     f"{low:.2f} to {high:.2f}; each one's largest, last")
-        lines += [f"  {arm:16} {schedules.blocks(curve, low, high)} {max(curve):.2f} "
-                  f"{curve[-1]:.2f}" for arm, curve in curves.items()]
+    for network, what, keys, arms in grouped(cells):
+        for key in keys:
+            curves = {arm: np.mean([[point["test_accuracy"] for point in row["curve"]]
+                                    for row in cells[key][arm].values()], 0)
+                      for arm in arms if arm in cells[key] and not arm.startswith("scratch")}
+            low, high = (f(map(f, curves.values()), default=0) for f in (min, max))
+            lines += [f"{network}, {what} by {key[2]}: test accuracy over {key[3]} epochs, "
+                      f"{low:.2f} to {high:.2f}; each one's largest, last",
+                      *(f"  {arm:16} {schedules.blocks(curve, low, high)} {max(curve):.2f} "
+                        f"{curve[-1]:.2f}" for arm, curve in curves.items())]
     return "\n".join(lines)
 
 
@@ -503,7 +472,7 @@ def runs_of(args, machine):
         budgets = args.epochs or [max(1, recipe["epochs"] * base["retrain"] // base["epochs"])]
         for t, seed, schedule in itertools.product(budgets, args.seed, args.schedule):
             run = Run(path, schedule, t, seed)
-            runs[run] = settings_of(run, 1, checkpoint, args, machine)[1]
+            runs[run] = settings_of(run, checkpoint, args, machine)[1]
             if schedule == "weight_rewind":
                 rewound(run, checkpoint)
         if max(budgets) >= recipe["epochs"]:

@@ -145,11 +145,10 @@ def optimizer_of(network, weight_decay, momentum=None):
     from. Learning rate and momentum are set at every step, from the schedule."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9,
                                 weight_decay=weight_decay, fused=True)
-    for name, parameter in network.named_parameters():
-        if momentum:
-            # Laid out as the parameter is: the fused kernel walks both memories side by side.
-            optimizer.state[parameter]["momentum_buffer"] = (
-                torch.empty_like(parameter).detach().copy_(momentum[name]))
+    for name, buffer in (momentum or {}).items():
+        # Laid out as the parameter is: the fused kernel walks both memories side by side.
+        laid_out = torch.empty_like(network.get_parameter(name)).detach().copy_(buffer)
+        optimizer.state[network.get_parameter(name)]["momentum_buffer"] = laid_out
     return optimizer
 
 
@@ -178,10 +177,12 @@ def same_run(wanted, found, path):
                       "remove this file or take another folder (--out)")
 
 
-def describe(point, epochs):
-    """One epoch of a curve as a line of text."""
+def describe(curve, seconds, epochs):
+    """The last epoch of a curve as a line of text, and how long the others will take."""
+    point, left = curve[-1], seconds / len(curve) * (epochs - len(curve))
     return (f"{point['epoch']:4d}/{epochs}  lr {point['lr']:<9.4g} loss {point['train_loss']:.4f}  "
-            f"train {point['train_accuracy']:5.2f} %  test {point['test_accuracy']:5.2f} %")
+            f"train {point['train_accuracy']:5.2f} %  test {point['test_accuracy']:5.2f} %  "
+            f"{clock(left)} left")
 
 
 def clock(seconds):
@@ -289,13 +290,9 @@ def file_batches(split, parts, data, machine, seed=None):
         range(len(images)), batch_sampler=[part.tolist() for part in parts],
         collate_fn=functools.partial(decoded, images, labels.cpu(), transform, seed),
         num_workers=machine.workers, pin_memory=machine.device.type == "cuda")
-    try:
-        for x, y in loader:
-            x, y = (t.to(machine.device, non_blocking=True) for t in (x, y))
-            yield normalise(x, data), y
-    except Refused as problem:     # out of a worker it comes with that one's traceback as its text
-        problem.__traceback__ = None     # holds the loader, whose workers would end 5 s late
-        raise Refused(str(problem).strip().rsplit("Refused: ")[-1]) from None
+    for x, y in loader:
+        x, y = (t.to(machine.device, non_blocking=True) for t in (x, y))
+        yield normalise(x, data), y
 
 
 # ---- data sets -----------------------------------------------------------------------------------
@@ -382,12 +379,9 @@ def resident(paths):
 
 
 def statistics_of(images):
-    """Mean and std of each channel of uint8 images, exact, from its histogram."""
-    levels = torch.stack([torch.bincount(images[:, c].reshape(-1).int(), minlength=256)
-                          for c in range(3)]).double()
-    share, level = levels / levels.sum(1, keepdim=True), torch.arange(256).double() / 255
-    mean = (share @ level).tolist()
-    return mean, (share @ level ** 2 - torch.tensor(mean) ** 2).clamp(min=1e-4).sqrt().tolist()
+    """Mean and std of each channel of uint8 images."""
+    found = [torch.std_mean(images[:, c].double() / 255, correction=0) for c in range(3)]
+    return [mean.item() for _, mean in found], [max(std.item(), 0.01) for std, _ in found]
 
 
 @functools.lru_cache(1)
@@ -395,7 +389,7 @@ def load_data(dataset, data_dir, subset, test_subset, device):
     """A data set, with so many training and test images (None: all), as `Data`.
 
     Raises Refused where the folder or its images do not fit."""
-    splits, names = [], []
+    splits, kinds = [], []
     for training, wanted in ((True, subset), (False, test_subset)):
         images, labels, classes = split_of(dataset, data_dir, training)
         if wanted is not None:
@@ -405,13 +399,11 @@ def load_data(dataset, data_dir, subset, test_subset, device):
         if isinstance(images, list) and max(decode(images[0]).size) <= LARGEST_RESIDENT:
             images = resident(images)
         splits.append([images, torch.from_numpy(labels)])
-        names.append(classes)
-    sides = [224 if isinstance(images, list) else images.shape[-1] for images, _ in splits]
-    odd = sorted(set(names[0]) ^ set(names[1]))
-    if odd or sides[0] != sides[1]:   # as many classes, but others: labels would be silently wrong
-        raise Refused(f"argument --data-dir: {data_dir}: training and test images differ, in "
-                      f"{f'class {odd[0]!r}' if odd else f'their {sides} pixels'}")
-    images, labels = splits[0]
+        kinds.append((classes, 224 if isinstance(images, list) else images.shape[-1]))
+    (classes, side), (images, labels) = kinds[0], splits[0]
+    if kinds[1] != kinds[0]:       # as many classes, but others: labels would be silently wrong
+        raise Refused(f"argument --data-dir: {data_dir}: training and test images are of other "
+                      "classes (folders), or of other sizes")
     if isinstance(images, list):
         content = "".join("/".join(re.split(r"[/\\]", p)[-2:]) for p in images).encode()
         mean, std = IMAGENET_STATISTICS
@@ -421,8 +413,8 @@ def load_data(dataset, data_dir, subset, test_subset, device):
         mean, std = CIFAR_STATISTICS if "cifar" in dataset else statistics_of(images)
     digest = hashlib.sha256(labels.numpy().tobytes() + content).hexdigest()[:8]
     splits = [[x if isinstance(x, list) else x.to(device) for x in split] for split in splits]
-    return Data(*splits, sides[0], len(names[0]), list(mean), list(std),
-                f"{len(labels)} images, {len(names[0])} classes, {sides[0]} pixels, {digest}")
+    return Data(*splits, side, len(classes), list(mean), list(std),
+                f"{len(labels)} images, {len(classes)} classes, {side} pixels, {digest}")
 
 
 def data_for(checkpoint, args, machine):
@@ -470,10 +462,7 @@ def the_machine(args, place=None):
         for parameter, value in ((-3, 32 << 20), (-1, 2 ** 31 - 1)):     # M_MMAP_, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, value)
     cuda = device.type == "cuda"
-    torch.backends.cudnn.benchmark = cuda and not args.deterministic
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = cuda
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
     bf16 = (args.precision == "bf16" if args.precision
@@ -549,14 +538,13 @@ def initial(recipe, classes):
     if not recipe["pretrained"]:
         return models.build(arch, classes, recipe["seed"])
     from torchvision.models import get_model
-    refusal = f"argument --pretrained: no weights of {arch} for {classes} classes"
     if arch not in models.IMAGENET or classes != 1000:
-        raise Refused(f"{refusal} (there are some of {', '.join(models.IMAGENET)} for 1000 "
-                      "classes)")
+        raise Refused(f"argument --pretrained: there are weights of {', '.join(models.IMAGENET)} "
+                      f"for 1000 classes, none of {arch} for {classes}")
     try:
         return get_model(arch, weights="IMAGENET1K_V1")
     except (OSError, RuntimeError) as problem:
-        raise Refused(f"{refusal} ({problem})") from None
+        raise Refused(f"argument --pretrained: cannot be fetched: {problem}") from None
 
 
 def size(parameters, macs):
@@ -595,8 +583,7 @@ def train(args, machine):
         else:
             for curve, seconds in fit(network, data, schedules.dense(recipe, steps), settings,
                                       machine, target, keep=keep):
-                left = seconds / len(curve) * (recipe["epochs"] - len(curve))
-                say(f"{describe(curve[-1], recipe['epochs'])}  {clock(left)} left")
+                say(describe(curve, seconds, recipe["epochs"]))
             accuracy = curve[-1]["test_accuracy"]
         if machine.rank == 0:
             models.save(target, {
@@ -626,7 +613,6 @@ def machine_flags(flags):
     add("--precision", choices=("bf16", "fp32"), help="default bf16 on a CUDA GPU with it, or fp32")
     add("--compile", action="store_true", help="use torch.compile (default: off)")
     add("--workers", type=number(int, 0, 256), default=2, help="to decode large images (default 2)")
-    add("--deterministic", action="store_true", help="same bits on a GPU too (default: off)")
     add("--dry-run", action="store_true", help="16 images, in runs/…-dry: seconds (default: off)")
 
 
@@ -638,7 +624,8 @@ def command(main):
     try:
         main()
     except (Refused, OSError) as problem:
-        text, status = " ".join(str(problem).split()), 2
+        # Out of a worker of a DataLoader it comes with that one's traceback before its text.
+        text, status = " ".join(str(problem).rsplit("Refused: ")[-1].split()), 2
         print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from here")
