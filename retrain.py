@@ -202,7 +202,7 @@ def begin_worker(args, jobs):
     threading.Thread(target=end_with_parent, daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // jobs))
-    place = int(multiprocessing.current_process().name.split("-")[-1])    # they are numbered
+    place = int(re.search(r"\d+$", multiprocessing.current_process().name)[0])     # its number
     attempt.here = args, train.the_machine(args, place)
 
 

@@ -272,10 +272,9 @@ def decoded(paths, labels, transform, seed, index):
     """Some large images, decoded and transformed, as uint8 (b, 3, 224, 224), and their labels. What
     is random in it, each draws by a seed of its own, whichever process draws it."""
     images = []
-    with torch.random.fork_rng(devices=[]):
-        for i in index:
-            torch.manual_seed(hash((seed, i)))
-            images.append(transform(decode(paths[i])))
+    for i in index:
+        torch.manual_seed(hash((seed, i)))
+        images.append(transform(decode(paths[i])))
     return torch.stack(images), labels[index]
 
 
@@ -470,7 +469,6 @@ def the_machine(args, place=None):
     return Machine(device, bf16, args.compile, args.workers, rank, world)
 
 
-@functools.cache
 def provenance(device):
     """What else decides the bits of a result, for the record: among it the git commit of this code,
     with -dirty if it was changed since (empty outside a clone)."""
