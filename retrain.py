@@ -142,6 +142,8 @@ def retrain(run, args, machine):
     if machine.rank == 0:
         models.save(target, {**checkpoint, "kind": "retrained", "row": row,
                              "model": network.state_dict(), "test_accuracy": row["test_accuracy"]})
+    if machine.world > 1:
+        torch.distributed.barrier()            # the next round reads it
     return row
 
 
