@@ -453,7 +453,7 @@ def test_recipes_subsets_and_generated_images(tmp_path, monkeypatch):
                              "imagenet": large}
     assert np.bincount(train.balanced(np.arange(99) % 3, 8) % 3).tolist() == [3, 3, 2]
     assert len(torch.cat([train.shapes(99, seed)[0] for seed in (0, 0, 1)]).unique(dim=0)) == 198
-    assert train.shapes(500, 0)[0].double().std().item() == pytest.approx(51.7, rel=0.02)
+    assert train.shapes(500, 0)[0].double().std().item() == pytest.approx(51.6, rel=0.02)
     assert [len(train.split_of("shapes", "", part)[1]) for part in (True, False)] == [3000, 2000]
     draw = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", lambda root, part, download: (
@@ -1030,7 +1030,7 @@ def test_the_scripts_chain_and_rows_say_all(dry, monkeypatch):
             "cycle_momentum": True if row["schedule"] == "one_cycle" else None, "batch_size": 8,
             "weight_decay": 5e-4, "precision": "fp32", "dense": models.digest(dense["model"]),
             "dense_test_accuracy": dense["test_accuracy"], "dense_params": 75290, "params": 38314,
-            "dense_macs": 12239488, "macs": 6341248, "pruned": models.digest(pruned["model"]),
+            "dense_macs": 6884992, "macs": 3567232, "pruned": models.digest(pruned["model"]),
             "nonzero": 38314, "pruned_test_accuracy": pruned["test_accuracy"]} == row
     before = listing(dry)
     monkeypatch.chdir(dry.parent.parent)
@@ -1039,7 +1039,7 @@ def test_the_scripts_chain_and_rows_say_all(dry, monkeypatch):
         assert ok("retrain", "--dry-run", "--seed", 0).count("done already") == 10
         assert retrain.report([*rows.values()]) in ok("retrain", "--report", dry)
     assert listing(dry) == before
-    assert f"test {row['test_accuracy']:.2f} %, 38,314 parameters, 6,341,248 MACs" in ok(
+    assert f"test {row['test_accuracy']:.2f} %, 38,314 parameters, 3,567,232 MACs" in ok(
         "train", "--evaluate", dry / f"{name}.pt")
     assert not models.load(dry / f"{name}.pt").training
 

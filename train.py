@@ -297,11 +297,11 @@ def file_batches(split, parts, data, machine, seed=None):
 # ---- data sets -----------------------------------------------------------------------------------
 
 def shapes(count, seed):
-    """The generated data set: (images uint8 (count, 3, 32, 32), labels int64), a function of
+    """The generated data set: (images uint8 (count, 3, 24, 24), labels int64), a function of
     `seed`: ten fixed blobs at a random place, size, angle and colour, on a smooth random background
     with noise."""
     draw = torch.Generator().manual_seed(2021)
-    blobs = F.interpolate(torch.rand(10, 1, 5, 5, generator=draw), size=32, mode="bicubic")
+    blobs = F.interpolate(torch.rand(10, 1, 5, 5, generator=draw), size=24, mode="bicubic")
     draw.manual_seed(seed)
 
     def uniform(low, high, *shape):
@@ -310,17 +310,17 @@ def shapes(count, seed):
     angle, zoom = uniform(-0.4, 0.4), uniform(1.0, 1.6)
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
     to_blob = torch.stack([cos, -sin, uniform(-0.3, 0.3), sin, cos, uniform(-0.3, 0.3)], 1)
-    grid = F.affine_grid(to_blob.view(count, 2, 3), (count, 1, 32, 32), align_corners=False)
+    grid = F.affine_grid(to_blob.view(count, 2, 3), (count, 1, 24, 24), align_corners=False)
     cover = (20 * (F.grid_sample(blobs[labels], grid, align_corners=False) - 0.5)).sigmoid()
-    image = F.interpolate(uniform(0.2, 0.8, 3, 4, 4), size=32, mode="bicubic")
+    image = F.interpolate(uniform(0.2, 0.8, 3, 4, 4), size=24, mode="bicubic")
     image += cover * (uniform(0, 1, 3, 1, 1) - image)
     image += 0.05 * torch.randn(image.shape, generator=draw)
     return (image.clamp(0, 1) * 255).to(torch.uint8), labels
 
 
 def split_of(name, data_dir, training):
-    """(images, labels, class names) of a data set's training or test images: uint8 (n, 3, 32, 32),
-    or a list of file paths."""
+    """(images, labels, class names) of a data set's training or test images: uint8 (n, 3, side,
+    side), or a list of file paths."""
     if name == "shapes":
         images, labels = shapes(*((3000, 0) if training else (2000, 1)))
         return images, labels.numpy(), list(range(10))
