@@ -108,8 +108,7 @@ def filters_to_keep(network, shares, skipped=()):
     """How many filters each prunable conv keeps: {conv: int(C * (1 - p))}, at least 1.
 
     shares: p, one for all or one for each stage, skipped: the conv ids left alone; or, in place of
-    shares, the wanted width of each conv. So `filters_to_keep(network, *PLANS["resnet56"]["B"])`.
-    """
+    shares, the width of each conv. So `filters_to_keep(network, *PLANS["resnet56"]["B"])`."""
     units = models.prunable(network)
     width = {u.conv: network.get_submodule(u.conv).out_channels for u in units}
     if len(shares) == len(units) and max(shares) > 1:
@@ -126,9 +125,8 @@ def filters_to_keep(network, shares, skipped=()):
 def keep_filters(scores, counts, scope="layer"):
     """The filters that stay: {conv: int64 indices, ascending}, by scores {conv: (filters,)}.
 
-    layer: the counts[conv] best of each conv. global: as many in all, the best of the network after
-    each layer's scores are divided by their L2 norm (Molchanov 2017); the best of each layer stays.
-    """
+    layer: the counts[conv] best of each conv. global: as many in all, the best of the network, each
+    layer's scores divided by their L2 norm (Molchanov 2017); the best of each layer stays."""
     if scope == "global":
         normed = [s.double() / s.double().norm().clamp(min=1e-300) for s in scores.values()]
         every = torch.cat([s.index_fill(0, s.argmax(), math.inf) for s in normed])

@@ -863,7 +863,8 @@ invalid choice|train --dataset mnist;prune --method best;retrain --schedule b;tr
 unrecognized|train --colour red;train x.pt;schedules x;train --epoch 3;train --resume
 (unknown n|the run .16)|train --arch resnet9;train --arch resnet08;train --milestones 8 16;TWICE
 (belongs to --schedule step|0 needs --pretr)|train --milestones 1 --schedule cosine;train --epochs 0
-(invalid choice: 'tpu'|1000 cl|a class has too few)|train --device tpu;train --arch resnet18 --pretrained;SUBSET
+(invalid choice: 'tpu'|a class has too few)|train --device tpu;SUBSET
+there are weights of .*, none of resnet18 for 10|train --arch resnet18 --pretrained
 no such checkpoint|train --evaluate no.pt;prune run/dense.pt no.pt;prune;retrain no.pt;prune sets
 (or damaged|is a (state|dense))|prune x.pt;train --evaluate run/epoch-001.pt;retrain run/dense.pt
 was pruned otherwise, or from another|OTHERWISE

@@ -111,8 +111,7 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
 
 
 def train_step(forward, optimizer, x, y, machine, masks=None):
-    """One step of SGD. Returns the loss and the number of right answers, both still on the device.
-    """
+    """One step of SGD. Returns the loss and how many answers are right, still on the device."""
     with machine.autocast():
         out = forward(x)
     loss = F.cross_entropy(out.float(), y)
@@ -193,8 +192,7 @@ def clock(seconds):
 
 class Data(NamedTuple):
     """A data set. A split is (images, labels): images are uint8 (n, 3, side, side) on the device,
-    the training ones with their black border, or a list of file paths if too large to keep there.
-    """
+    the training ones with their black border, or, if too large, a list of file paths."""
     train: tuple
     test: tuple
     side: int
@@ -420,8 +418,7 @@ def load_data(dataset, data_dir, subset, test_subset, device):
 
 
 def data_for(checkpoint, args, machine):
-    """The `Data` of a checkpoint. Raises Refused if they are not what its network was trained on.
-    """
+    """The `Data` of a checkpoint. Raises Refused if its network was not trained on them."""
     recipe, known = checkpoint["recipe"], checkpoint["settings"]["data"]
     data_dir = args.data_dir or checkpoint["data_dir"]
     data = load_data(recipe["dataset"], data_dir, recipe["subset"], recipe["test_subset"],
