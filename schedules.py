@@ -66,7 +66,7 @@ def adaptive_peak(lr_max, budget_share, distance, removed):
     distance: sqrt(| |w|^2 - |w_pruned|^2 |) / |w|, how far pruning moved the weights; removed: the
     share of the weights that the same pruning took away, in [0, 1)."""
     wanted = lr_max * distance / math.sqrt(removed) if removed else 0.0
-    return min(max(wanted, min(budget_share, 1.0) * lr_max), lr_max)
+    return min(max(wanted, budget_share * lr_max), lr_max)
 
 
 def dense(recipe, steps_per_epoch, stretch=1.0):

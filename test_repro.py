@@ -936,6 +936,7 @@ def killed(folder, written):
             time.sleep(0.01)
         os.kill(os.getpid(), KILL)
     os.dup2(written, 1)
+    os.dup2(written, 2)
     os.close(written)
     os.environ["OMP_NUM_THREADS"] = "1"
     threading.Thread(target=end, daemon=True).start()
