@@ -701,6 +701,11 @@ def test_flags(tmp_path, monkeypatch):
     with nth(train, "load_data", 0, fails):
         assert "unknown network" in call("train", "--arch", "resnet9", "--seed", 0)[2]
     shutil.copytree(study(), tmp_path / "run")
+    monkeypatch.setattr(retrain, "cores", lambda: 7)
+    with nth(retrain, "attempts", 0, fails) as asked, nth(retrain, "retrain_all", None) as wanted:
+        assert "No space" in call("retrain", tmp_path / "run/filters.pt")[2]
+    assert asked[0][0] == 7 and [(r.seed, r.schedule) for r in wanted[0][0]] == [
+        *itertools.product(range(3), ("finetune", "weight_rewind", "lr_rewind", "slr", "one_cycle"))]
     out = ok("prune", tmp_path / "run/filters.pt", "--method", "random", "--seed", 3)
     assert " " + str(tmp_path / "run/filters--filters-random-0.5-s3.pt") in out
     ok(*command(tmp_path, "slr", "filters", "--schedule", "finetune", "slr", "one_cycle", "--lr",
