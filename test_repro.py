@@ -705,7 +705,7 @@ def test_flags(tmp_path, monkeypatch):
     with nth(retrain, "attempts", 0, fails) as asked, nth(retrain, "retrain_all", None) as wanted:
         assert "No space" in call("retrain", tmp_path / "run/filters.pt")[2]
     assert asked[0][0] == 7 and [(r.seed, r.schedule) for r in wanted[0][0]] == [
-        *itertools.product(range(3), ("finetune", "weight_rewind", "lr_rewind", "slr", "one_cycle"))]
+        *itertools.product(range(3), "finetune weight_rewind lr_rewind slr one_cycle".split())]
     out = ok("prune", tmp_path / "run/filters.pt", "--method", "random", "--seed", 3)
     assert " " + str(tmp_path / "run/filters--filters-random-0.5-s3.pt") in out
     ok(*command(tmp_path, "slr", "filters", "--schedule", "finetune", "slr", "one_cycle", "--lr",
