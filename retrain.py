@@ -221,8 +221,8 @@ def attempt(run):
 def attempts(jobs, args, machine):
     """A function that attempts each Run of a list, `jobs` at a time, and yields the results as they
     come."""
-    attempt.here = args, machine
     if jobs <= 1:
+        attempt.here = args, machine
         yield lambda runs: map(attempt, runs)
         return
     spawn = multiprocessing.get_context("spawn")
@@ -314,6 +314,12 @@ def line(*columns):
     return "| " + " | ".join(columns) + " |"
 
 
+def head(corner, keys):
+    """The first two lines of a table with a column for each of these cells."""
+    return [line(corner, *(f"{key[2]}, t={key[3]}" for key in keys)),
+            line(*["---"] * (1 + len(keys)))]
+
+
 def spread(values):
     """`mean ± sd` of some accuracies."""
     return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if values[1:] else "")
@@ -327,8 +333,7 @@ def tables(cells):
         rows = [[row for runs in cells[key].values() for row in runs.values()] for key in keys]
         dense = {row["dense"]: row["dense_test_accuracy"] for column in rows for row in column}
         lines += [f"**{network}, pruned: {what}**; dense {spread([*dense.values()])} "
-                  f"(n={len(dense)}).", "", line("", *(f"{key[2]}, t={key[3]}" for key in keys)),
-                  line(*["---"] * (1 + len(keys))),
+                  f"(n={len(dense)}).", "", *head("", keys),
                   line("parameters, MACs left", *(
                       f"{r['nonzero'] / r['dense_params']:.0%}, {r['macs'] / r['dense_macs']:.0%}"
                       for r, *_ in rows))]
@@ -420,8 +425,7 @@ def claims(cells):
                 for text, terms, relation in (*CLAIMS, *controls)
                 if any(sums := [differences(terms, accuracies) for accuracies in found])]
         if body:
-            lines += [line(f"{network}, pruned: {what}", *(f"{k[2]}, t={k[3]}" for k in keys)),
-                      line(*["---"] * (1 + len(keys))), *body, ""]
+            lines += [*head(f"{network}, pruned: {what}", keys), *body, ""]
     return "\n".join(lines)
 
 

@@ -883,8 +883,8 @@ ignore it|retrain --schedule finetune --lr 1;retrain --schedule slr --end-lr 1 -
 has no (training|test) images|FOLDER nowhere;FOLDER sets/notest
 not a readable image|FOLDER sets/corrupt
 has 16 bits a channel|FOLDER sets/deep
-(square and .* not 9 x 8|are of other classes)|FOLDER sets/wide;FOLDER sets/names
-are of other classes .folders., or of other sizes|FOLDER sets/sizes
+(square and .* not 9 x 8|differ, in class 'b')|FOLDER sets/wide;FOLDER sets/names
+differ, in their .8, 9. pixels|FOLDER sets/sizes
 10 images, .* but the network was trained on|DENSE --data-dir OTHER
 """
 

@@ -145,9 +145,10 @@ def optimizer_of(network, weight_decay, momentum=None):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9,
                                 weight_decay=weight_decay, fused=True)
     for name, buffer in (momentum or {}).items():
+        parameter = network.get_parameter(name)
         # Laid out as the parameter is: the fused kernel walks both memories side by side.
-        laid_out = torch.empty_like(network.get_parameter(name)).detach().copy_(buffer)
-        optimizer.state[network.get_parameter(name)]["momentum_buffer"] = laid_out
+        optimizer.state[parameter]["momentum_buffer"] = (
+            torch.empty_like(parameter).detach().copy_(buffer))
     return optimizer
 
 
@@ -287,9 +288,13 @@ def file_batches(split, parts, data, machine, seed=None):
         range(len(images)), batch_sampler=[part.tolist() for part in parts],
         collate_fn=functools.partial(decoded, images, labels.cpu(), transform, seed),
         num_workers=machine.workers, pin_memory=machine.device.type == "cuda")
-    for x, y in loader:
-        x, y = (t.to(machine.device, non_blocking=True) for t in (x, y))
-        yield normalise(x, data), y
+    try:
+        for x, y in loader:
+            x, y = (t.to(machine.device, non_blocking=True) for t in (x, y))
+            yield normalise(x, data), y
+    except Refused as problem:     # out of a worker it comes with that one's traceback as its text
+        problem.__traceback__ = None     # holds the loader, whose workers would end 5 s late
+        raise Refused(str(problem).strip().rsplit("Refused: ")[-1]) from None
 
 
 # ---- data sets -----------------------------------------------------------------------------------
@@ -401,9 +406,10 @@ def load_data(dataset, data_dir, subset, test_subset, device):
         splits.append([images, torch.from_numpy(labels)])
         kinds.append((classes, 224 if isinstance(images, list) else images.shape[-1]))
     (classes, side), (images, labels) = kinds[0], splits[0]
+    odd = sorted(set(kinds[0][0]) ^ set(kinds[1][0]))
     if kinds[1] != kinds[0]:       # as many classes, but others: labels would be silently wrong
-        raise Refused(f"argument --data-dir: {data_dir}: training and test images are of other "
-                      "classes (folders), or of other sizes")
+        raise Refused(f"argument --data-dir: {data_dir}: training and test images differ, in "
+                      f"{f'class {odd[0]!r}' if odd else f'their {[k[1] for k in kinds]} pixels'}")
     if isinstance(images, list):
         content = "".join("/".join(re.split(r"[/\\]", p)[-2:]) for p in images).encode()
         mean, std = IMAGENET_STATISTICS
@@ -622,8 +628,7 @@ def command(main):
     try:
         main()
     except (Refused, OSError) as problem:
-        # Out of a worker of a DataLoader it comes with that one's traceback before its text.
-        text, status = " ".join(str(problem).rsplit("Refused: ")[-1].split()), 2
+        text, status = " ".join(str(problem).split()), 2
         print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from here")
