@@ -67,23 +67,19 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-class VGG(nn.Sequential):
-    """What `vgg16` returns, so that `prunable` knows its wiring."""
-
-
-def vgg16(classes):
+class VGG16(nn.Sequential):
     """VGG-16 with batch norm for 32x32 images: 13 conv (no bias), Linear 512, BN, ReLU, Linear."""
-    layers, width = [], 3
-    for out in (64, 64, "M", 128, 128, "M", 256, 256, 256, "M",
-                512, 512, 512, "M", 512, 512, 512, "M"):
-        if out == "M":
-            layers.append(nn.MaxPool2d(2))
-        else:
-            layers += [nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out),
-                       nn.ReLU()]
-            width = out
-    return VGG(*layers, nn.Flatten(), nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(),
-               nn.Linear(512, classes))
+    def __init__(self, classes):
+        super().__init__()
+        width = 3
+        for widths in ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3):
+            for out in widths:
+                self.extend([nn.Conv2d(width, out, 3, padding=1, bias=False),
+                             nn.BatchNorm2d(out), nn.ReLU()])
+                width = out
+            self.append(nn.MaxPool2d(2))
+        self.extend([nn.Flatten(), nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(),
+                     nn.Linear(512, classes)])
 
 
 def build(arch, classes, seed=0):
@@ -95,7 +91,7 @@ def build(arch, classes, seed=0):
         from torchvision.models import resnet   # here, because it takes two seconds to import
         network = getattr(resnet, arch)(num_classes=classes)
     elif arch == "vgg16":
-        network = vgg16(classes)
+        network = VGG16(classes)
     elif depth and 2 < int(depth[1]) <= 1202 and int(depth[1]) % 6 == 2:
         network = CifarResNet(int(depth[1]), classes)
     else:
@@ -167,10 +163,10 @@ def prunable(network):
                 units += [Unit(f"{name}.conv{i}", f"{name}.bn{i}", f"{name}.conv{i + 1}", stage,
                                number + i) for i in range(1, inner + 1)]
                 number += inner + 1
-    elif isinstance(network, VGG):
+    elif isinstance(network, VGG16):
         layers = [(i, m) for i, m in enumerate(network) if isinstance(m, (nn.Conv2d, nn.Linear))]
         units = [Unit(str(i), str(i + 1), str(layers[k + 1][0]),
-                      1 + sum(isinstance(m, nn.MaxPool2d) for m in network[:i]), k + 1)
+                      1 + sum(isinstance(m, nn.MaxPool2d) for m in [*network][:i]), k + 1)
                  for k, (i, layer) in enumerate(layers) if isinstance(layer, nn.Conv2d)]
     # Grouped convs, or a Linear that reads several pixels of a filter, have other columns.
     if not units or any(network.get_submodule(u.reader).weight.shape[1]
@@ -215,7 +211,10 @@ def digest(state):
 # ---- files ---------------------------------------------------------------------------------------
 
 def write(path, data):
-    """Put bytes at `path` so that a reader sees the old file or the whole new one, never a part."""
+    """Put bytes at `path` so that a reader sees the old file or the whole new one, never a part.
+    Of several processes (torchrun) only the first one writes."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     with open(f"{path}.tmp", "wb") as file:       # a killed writer's is written over by the next
         file.write(data)
         file.flush()

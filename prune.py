@@ -190,16 +190,16 @@ def plan_of(how, arch):
     return PLANS[arch][how["plan"]]
 
 
-def prune(checkpoint, how, calibration=None):
-    """A pruned copy of a checkpoint dict (dense, pruned or retrained).
+def prune(checkpoint, how, data, machine):
+    """A pruned copy of a checkpoint dict (dense, pruned or retrained), with its test accuracy.
 
-    how: dict with method, structure, sparsity (list), plan, scope, seed, include_linear. Records in
-    the copy how it was made, which of the dense network's filters are left (`kept`), and for
-    schedules.adaptive_peak `removed`, the share of the conv weights that this call took away, and
-    `distance`, how far it moved them."""
-    network = models.restore(checkpoint)
+    how: dict with method, structure, sparsity (list), plan, scope, seed, include_linear,
+    calibration_images. Records in the copy how it was made, which of the dense network's filters
+    are left (`kept`), and for schedules.adaptive_peak `removed`, the share of the conv weights that
+    this call took away, and `distance`, how far it moved them."""
+    network, calibration = models.restore(checkpoint), calibration_of(how, data, machine)
     if calibration:
-        network.to(calibration[0].device)
+        network.to(machine.device)
     names = models.weight_names(network, how["include_linear"])
     state, kept = checkpoint["model"], dict(checkpoint.get("kept", {}))
     if how["structure"] == "filters":
@@ -215,10 +215,10 @@ def prune(checkpoint, how, calibration=None):
     pruned = {**checkpoint, "kind": "pruned", "model": state, "kept": kept, "pruning": how}
     before, after = (torch.cat([s[n].flatten().double() for n in names])
                      for s in (checkpoint["model"], state))
-    source = models.digest(checkpoint["model"])
-    params, macs = models.count(models.restore(pruned), checkpoint["side"])
+    source, small = models.digest(checkpoint["model"]), models.restore(pruned).to(machine.device)
+    params, macs = models.count(small, checkpoint["side"])
     return {**pruned, "source": source, "dense_id": checkpoint.get("dense_id", source),
-            "params": params, "macs": macs,
+            "params": params, "macs": macs, "test_accuracy": train.evaluate(small, data, machine),
             "removed": 1 - ((after != 0).sum() / (before != 0).sum()).item(),
             "distance": ((before.square().sum() - after.square().sum()).abs().sqrt()
                          / before.norm()).item()}
@@ -231,17 +231,10 @@ def calibration_of(how, data, machine):
         return None
     draw, (images, labels) = np.random.default_rng((11, how["seed"])), data.train
     chosen = torch.from_numpy(draw.permutation(len(labels))[:how["calibration_images"]])
-    if not isinstance(images, list):
+    if not isinstance(images, np.ndarray):
         images = images[:, :, train.PAD:-train.PAD, train.PAD:-train.PAD]
     batches = train.plain_batches((images, labels), chosen, data, machine)
     return tuple(torch.cat(parts) for parts in zip(*batches))
-
-
-def prune_and_test(checkpoint, how, data, machine):
-    """The checkpoint pruned, with its test accuracy."""
-    pruned = prune(checkpoint, how, calibration_of(how, data, machine))
-    network = models.restore(pruned).to(machine.device)
-    return {**pruned, "test_accuracy": train.evaluate(network, data, machine)}
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -251,12 +244,6 @@ def amount(how):
     share = f"plan{how['plan']}" if how["plan"] else "_".join(f"{p:g}" for p in how["sparsity"])
     usual = "layer" if how["structure"] == "filters" else "global"
     return share + f"-{how['scope']}" * (how["scope"] != usual) + "-linear" * how["include_linear"]
-
-
-def label(how):
-    """The name of a way of pruning, for files and tables."""
-    return (f"{how['structure']}-{how['method']}-{amount(how)}"
-            + f"-s{how['seed']}" * (how["seed"] != 0))
 
 
 def ways(args, flags):
@@ -288,7 +275,9 @@ def target_of(source, checkpoint, how):
     if how["structure"] == "filters":
         filters_to_keep(models.restore(checkpoint), *plan_of(how, checkpoint["arch"]))
     stem = "" if checkpoint["kind"] == "dense" else os.path.basename(source)[:-3] + "--"
-    target = os.path.join(os.path.dirname(source), f"{stem}{label(how)}.pt")
+    seed = f"-s{how['seed']}" * (how["seed"] != 0)
+    name = f"{stem}{how['structure']}-{how['method']}-{amount(how)}{seed}.pt"
+    target = os.path.join(os.path.dirname(source), name)
     there = models.read(target) if os.path.exists(target) else None
     if there and (there.get("pruning"), there.get("source")) != (
             how, models.digest(checkpoint["model"])):
@@ -314,21 +303,18 @@ def main(argv=None):
         help="for taylor, obd and hrank (default 640)")
     train.machine_flags(flags)
     args = flags.parse_args(argv)
-    hows, written = ways(args, flags), []
+    hows = ways(args, flags)
     sources = args.checkpoint or [f"runs/shapes-resnet8-s0{'-dry' * args.dry_run}/dense.pt"]
     checkpoints = {s: models.read(s, "dense", "pruned", "retrained") for s in sources}
-    todo = [(source, how, target_of(source, checkpoint, how))
-            for source, checkpoint in checkpoints.items() for how in hows]
+    todo = {target_of(source, checkpoint, how): (checkpoint, how)
+            for source, checkpoint in checkpoints.items() for how in hows}
     machine = train.the_machine(args)
-    for source, how, target in todo:
-        checkpoint = checkpoints[source]
-        data = train.data_for(checkpoint, args, machine)
-        pruned = prune_and_test(checkpoint, how, data, machine)
+    for target, (checkpoint, how) in todo.items():
+        pruned = prune(checkpoint, how, train.data_for(checkpoint, args, machine), machine)
         models.save(target, pruned)
-        written.append(target)
-        say(f"{source}: test {checkpoint['test_accuracy']:.2f} %; {label(how)}: test "
-            f"{pruned['test_accuracy']:.2f} %, {train.size(pruned['params'], pruned['macs'])}")
-    say(f"Wrote {' '.join(written)}. Next: python retrain.py {' '.join(written)}")
+        say(f"Wrote {target}: test {pruned['test_accuracy']:.2f} %, before "
+            f"{checkpoint['test_accuracy']:.2f} %; {train.size(pruned['params'], pruned['macs'])}")
+    say(f"Next: python retrain.py {' '.join(todo)}")
 
 
 if __name__ == "__main__":

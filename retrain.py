@@ -13,6 +13,7 @@ its run folder, which says all that is needed to run it again; a run that is the
 one that was interrupted goes on after its last finished epoch.
 """
 import contextlib
+import datetime
 import glob
 import hashlib
 import itertools
@@ -124,7 +125,7 @@ def retrain(run, args, machine):
         how = dict(checkpoint["pruning"])
         if how["structure"] == "weights":      # counts all zeros: .3, then .51, .66 …
             how["sparsity"] = [1 - (1 - how["sparsity"][0]) ** run.round]
-        checkpoint = prune.prune_and_test(models.read(run.before), how, data, machine)
+        checkpoint = prune.prune(models.read(run.before), how, data, machine)
     settings, name = settings_of(run, checkpoint, args, machine)
     target = os.path.join(os.path.dirname(run.path), name + ".pt")
     if os.path.exists(target) and (done := models.read(target))["kind"] == "retrained":
@@ -139,9 +140,8 @@ def retrain(run, args, machine):
             machine, target, masks, momentum):
         say(f"{train.describe(curve, seconds, epochs)}  {name}")
     row = row_of(settings, checkpoint, curve, seconds, name, machine)
-    if machine.rank == 0:
-        models.save(target, {**checkpoint, "kind": "retrained", "row": row,
-                             "model": network.state_dict(), "test_accuracy": row["test_accuracy"]})
+    models.save(target, {**checkpoint, "kind": "retrained", "row": row,
+                         "model": network.state_dict(), "test_accuracy": row["test_accuracy"]})
     if machine.world > 1:
         torch.distributed.barrier()            # the next round reads it
     return row
@@ -204,15 +204,14 @@ def begin_worker(args, jobs):
     threading.Thread(target=end_with_parent, daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // jobs))
-    place = int(re.search(r"\d+$", multiprocessing.current_process().name)[0])     # its number
-    attempt.here = args, train.the_machine(args, place)
+    number = re.search(r"\d+$", multiprocessing.current_process().name)[0]
+    train.the_machine(args, place=int(number))
 
 
-def attempt(run):
-    """(run, its row), or (run, what went wrong), so that one that fails does not stop the others;
-    by the command line and on the machine of this process, `attempt.here`."""
+def attempt(run, args, machine):
+    """(run, its row or what went wrong); so one that fails does not stop the others."""
     try:
-        return run, retrain(run, *attempt.here)
+        return run, retrain(run, args, machine)
     except (Refused, OSError) as problem:
         return run, f"{run.path} {run.schedule} t={run.epochs} seed={run.seed}: {problem}"
 
@@ -222,14 +221,13 @@ def attempts(jobs, args, machine):
     """A function that attempts each Run of a list, `jobs` at a time, and yields the results as they
     come."""
     if jobs <= 1:
-        attempt.here = args, machine
-        yield lambda runs: map(attempt, runs)
+        yield lambda runs: (attempt(run, args, machine) for run in runs)
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, begin_worker, (args, jobs)) as pool:
         try:
             yield lambda runs: (future.result() for future in as_completed(
-                [pool.submit(attempt, run) for run in runs]))
+                [pool.submit(attempt, run, args, machine) for run in runs]))
         except BrokenProcessPool:
             raise Refused("a worker process was killed; the same command goes on") from None
         except BaseException:                          # Ctrl-C, a full disk: end the workers too
@@ -255,24 +253,23 @@ def retrain_all(runs, args, machine):
         perform = stack.enter_context(
             attempts(min(jobs, len(todo)) if machine.world == 1 else 1, args, machine))
         began, done, every = time.monotonic(), 0, len(todo) * args.rounds
-        for round in range(1, args.rounds + 1):
+        for number in range(1, args.rounds + 1):
             results, todo = perform(todo), []
             for run, row in results:
                 done += 1
                 if isinstance(row, str):
                     failed += 1
-                    every -= args.rounds - round       # its later rounds
+                    every -= args.rounds - number       # its later rounds
                     print(f"retrain.py: failed: {row}", file=sys.stderr, flush=True)
                     continue
                 folder, name = os.path.dirname(run.path), row["run"]
                 rows[folder][name] = row
-                if machine.rank == 0:
-                    write_rows(folder, rows[folder])
+                write_rows(folder, rows[folder])
                 todo.append(run._replace(
-                    round=round + 1, before=os.path.join(folder, name + ".pt")))
-                left = (time.monotonic() - began) / done * (every - done)
+                    round=number + 1, before=os.path.join(folder, name + ".pt")))
+                left = round((time.monotonic() - began) / done * (every - done))
                 say(f"{name}: test {row['test_accuracy']:.2f} %; {every - done} runs left, about "
-                    f"{train.clock(left)}")
+                    f"{datetime.timedelta(seconds=left)}")
     return failed
 
 
@@ -301,23 +298,11 @@ def cells(rows):
     return found
 
 
-def grouped(cells):
-    """(network, what was pruned, [keys of its cells], [their arms, in the schedules' order])."""
-    for network, what in dict.fromkeys(key[:2] for key in cells):
-        keys = sorted(key for key in cells if key[:2] == (network, what))
-        yield network, what, keys, sorted({arm for key in keys for arm in cells[key]},
-                                          key=lambda arm: (EVERY.index(arm.split("/")[0]), arm))
-
-
-def line(*columns):
-    """A line of a markdown table."""
-    return "| " + " | ".join(columns) + " |"
-
-
-def head(corner, keys):
-    """The first two lines of a table with a column for each of these cells."""
-    return [line(corner, *(f"{key[2]}, t={key[3]}" for key in keys)),
-            line(*["---"] * (1 + len(keys)))]
+def table(corner, keys, lines):
+    """A markdown table with a column for each of the cells `keys`; lines: {name: texts}."""
+    rows = [[corner, *(f"{method}, t={t}" for *_, method, t in keys)], ["---"] * (1 + len(keys)),
+            *([name, *texts] for name, texts in lines.items())]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def spread(values):
@@ -325,58 +310,41 @@ def spread(values):
     return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if values[1:] else "")
 
 
-def tables(cells):
-    """Markdown: a table for each network and what was pruned; a line for each schedule, a column
-    for each method and budget."""
-    lines = []
-    for network, what, keys, arms in grouped(cells):
-        rows = [[row for runs in cells[key].values() for row in runs.values()] for key in keys]
-        dense = {row["dense"]: row["dense_test_accuracy"] for column in rows for row in column}
-        lines += [f"**{network}, pruned: {what}**; dense {spread([*dense.values()])} "
-                  f"(n={len(dense)}).", "", *head("", keys),
-                  line("parameters, MACs left", *(
-                      f"{r['nonzero'] / r['dense_params']:.0%}, {r['macs'] / r['dense_macs']:.0%}"
-                      for r, *_ in rows))]
-        for arm in arms:
-            found = [cells[key].get(arm, {}).values() for key in keys]
-            lines.append(line(f"`{arm}`", *(
-                f"{spread([r['test_accuracy'] for r in runs])} ("
-                f"{np.mean([r['test_accuracy'] - r['dense_test_accuracy'] for r in runs]):+.2f}, "
-                f"n={len(runs)})" if runs else "–" for runs in found)))
-        lines.append("")
-    return "\n".join(lines)
+def accuracies(cells, keys, arms):
+    """The table of the test accuracies, a line for each of `arms`."""
+    def shown(runs):
+        gains = [row["test_accuracy"] - row["dense_test_accuracy"] for row in runs]
+        return (f"{spread([row['test_accuracy'] for row in runs])} ({np.mean(gains):+.2f}, "
+                f"n={len(runs)})" if runs else "–")
+    first = [next(row for runs in cells[key].values() for row in runs.values()) for key in keys]
+    return table("", keys, {
+        "parameters, MACs left": [f"{r['nonzero'] / r['dense_params']:.0%}, "
+                                  f"{r['macs'] / r['dense_macs']:.0%}" for r in first],
+        **{f"`{arm}`": [shown(cells[key].get(arm, {}).values()) for key in keys] for arm in arms}})
 
 
 # The 97.5 % quantiles of Student's t, for 1, 2, … degrees of freedom; the last serves for more.
 STUDENT = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 SAME = 1        # pp: two arms are called equal if the whole interval is within this of 0
 
-# What the paper and this study claim, and the accuracies that are added and subtracted for it, as
-# `comparable` names them; the sum is to be larger than 0, equal, or not larger.
+# What the paper (its section, if not all of it) and this study claim of the accuracies of a cell's
+# arms; what stands behind a slash, `comparable` explains.
 CLAIMS = (
-    ("lr_rewind > finetune", "+lr_rewind -finetune", ">"),
-    ("slr > finetune", "+slr -finetune", ">"),
-    ("slr = lr_rewind", "+slr -lr_rewind", "="),
-    ("one_cycle > finetune", "+one_cycle -finetune", ">"),
-    ("one_cycle > lr_rewind", "+one_cycle -lr_rewind", ">"),
-    ("one_cycle > weight_rewind", "+one_cycle -weight_rewind", ">"),
-    ("one_cycle > slr", "+one_cycle -slr", ">"),
-    ("finetune gains nothing from more epochs", "+finetune -finetune/first", "<="),
-    ("one_cycle > the dense network", "+one_cycle -dense", ">"),
-    ("finetune < the dense network", "+dense -finetune", ">"),
-    ("random with one_cycle > this with finetune", "+one_cycle/random -finetune", ">"),
-    ("this > random, both with one_cycle", "+one_cycle -one_cycle/random", ">"),
-    ("that gap is smaller than with finetune",
-     "+finetune -finetune/random -one_cycle +one_cycle/random", ">"),
-    ("one_cycle > the dense network retrained with it", "+one_cycle -one_cycle/unpruned", ">"),
-    ("one_cycle - finetune > that of the dense network",
-     "+one_cycle -finetune -one_cycle/unpruned +finetune/unpruned", ">"),
+    "lr_rewind > finetune", "slr > finetune", "slr = lr_rewind",       # the rate, not the rewinding
+    "one_cycle > finetune", "one_cycle > lr_rewind", "one_cycle > weight_rewind", "one_cycle > slr",
+    "finetune <= finetune/first",                       # more epochs do not help a small rate
+    "one_cycle > dense", "dense > finetune",            # only a large rate recovers all accuracy
+    "one_cycle/random > finetune",                      # the schedule matters more than the method
+    "one_cycle > one_cycle/random",                     # which matters still, but less:
+    "finetune - finetune/random > one_cycle - one_cycle/random",
+    "one_cycle > one_cycle/unpruned",                   # and what is more than longer training
+    "one_cycle - finetune > one_cycle/unpruned - finetune/unpruned",
 )
 
 
 def comparable(cells, key):
-    """{name: {pair: accuracy}} of what the claims about a cell compare: its arms, `dense`, and with
-    a slash behind the arm those of random pruning, of the unpruned network, of the first budget."""
+    """{name: {pair: accuracy}} of what the claims about a cell compare: its arms, `dense`, and the
+    arms of other cells: pruned at /random, the /unpruned network, with the /first, least budget."""
     network, what, method, t = key
     first = min(other[3] for other in cells if other[:3] == key[:3])
     others = {"": key, "/random": (network, what, "random", t), "/first": (*key[:3], first),
@@ -391,15 +359,17 @@ def comparable(cells, key):
     return found
 
 
-def differences(terms, found):
-    """The sums of `terms`, as in CLAIMS, one for each pair of which all are `found`."""
-    parts = [(float(f"{term[0]}1"), found.get(term[1:], {})) for term in terms.split()]
+def differences(claim, found):
+    """The left side of a claim minus its right one, for each pair of which all is `found`."""
+    parts = [((-1) ** (i + j), found.get(name, {}))
+             for i, side in enumerate(re.split(" (?:>|=|<=) ", claim))
+             for j, name in enumerate(side.split(" - "))]
     return [sum(sign * values[pair] for sign, values in parts) for pair in parts[0][1]
             if all(pair in values for _, values in parts)]
 
 
 def verdict(values, relation):
-    """How the mean of `values` (paired sums, pp) stands to 0, with Student's 95 % interval."""
+    """How the mean of `values` (differences, pp) stands to 0, with Student's 95 % interval."""
     if not values:
         return "–"
     mean, n = float(np.mean(values)), len(values)
@@ -413,53 +383,58 @@ def verdict(values, relation):
     return f"{word} {mean:+.2f} [{low:+.2f}, {high:+.2f}], n={n}"
 
 
-def claims(cells):
-    """The claims against the rows: markdown, tables as `tables` makes them, with a line for each
-    claim that the rows can say something of."""
-    lines = []
-    for network, what, keys, arms in grouped(cells):
-        controls = [(f"control: {arm} > {other}", f"+{arm} -{other}", ">") for arm in arms
-                    if "/" in arm for other in (arm.split("/")[0], "finetune") if other != arm]
-        found = [comparable(cells, key) for key in keys]
-        body = [line(text, *(verdict(values, relation) for values in sums))
-                for text, terms, relation in (*CLAIMS, *controls)
-                if any(sums := [differences(terms, accuracies) for accuracies in found])]
-        if body:
-            lines += [*head(f"{network}, pruned: {what}", keys), *body, ""]
-    return "\n".join(lines)
+def claims(cells, keys, arms):
+    """The table of the claims, a line for each that the rows can say something of."""
+    controls = [f"{arm} > {other}" for arm in arms if "/" in arm
+                for other in (arm.split("/")[0], "finetune")]
+    found, lines = [comparable(cells, key) for key in keys], {}
+    for claim in (*CLAIMS, *controls):
+        values = [differences(claim, accuracies) for accuracies in found]
+        if any(values):
+            relation, = re.findall(" (>|=|<=) ", claim)
+            lines[f"`{claim}`"] = [verdict(some, relation) for some in values]
+    return table("claim", keys, lines) if lines else ""
 
 
-def pictures(cells):
+def pictures(cells, keys, arms):
     """Mean test accuracy by epoch of each cell's arms, as lines of blocks that share one scale;
     without scratch, whose low start flattens the others."""
     lines = []
-    for network, what, keys, arms in grouped(cells):
-        for key in keys:
-            curves = {arm: np.mean([[point["test_accuracy"] for point in row["curve"]]
-                                    for row in cells[key][arm].values()], 0)
-                      for arm in arms if arm in cells[key] and not arm.startswith("scratch")}
-            low, high = (f(map(f, curves.values()), default=0) for f in (min, max))
-            lines += [f"{network}, {what} by {key[2]}: test accuracy over {key[3]} epochs, "
-                      f"{low:.2f} to {high:.2f}; each one's largest, last",
-                      *(f"  {arm:16} {schedules.blocks(curve, low, high)} {max(curve):.2f} "
-                        f"{curve[-1]:.2f}" for arm, curve in curves.items())]
+    for key in keys:
+        curves = {arm: np.mean([[point["test_accuracy"] for point in row["curve"]]
+                                for row in cells[key][arm].values()], 0)
+                  for arm in arms if arm in cells[key] and not arm.startswith("scratch")}
+        low, high = (f(map(f, curves.values()), default=0) for f in (min, max))
+        lines += [f"{key[2]}, t={key[3]}: {low:.2f} to {high:.2f}",
+                  *(f"  {arm:16} {schedules.blocks(curve, low, high)} {max(curve):.2f} "
+                    f"{curve[-1]:.2f}" for arm, curve in curves.items())]
     return "\n".join(lines)
 
 
 def report(rows):
-    """The whole report as markdown, from rows alone."""
+    """The whole report as markdown, from rows alone: a section for each network and what was pruned
+    of it, with its accuracies, claims and pictures."""
     made = sorted({f"{r['device']}, {r['threads']} threads, {r['precision']}, torch {r['torch']}, "
                    f"code {r['commit']}" for r in rows})
     minutes, found = sum(r["seconds"] for r in rows) / 60, cells(rows)
-    return "\n".join([
-        f"\n{len(rows)} retrainings, {minutes:.0f} minutes of a process; {'; '.join(made)}.", "",
-        "## Claims", "", "Differences in percentage points, paired over dense networks and seeds, "
-        "with Student's interval at 95 %, each claim by itself: of twenty undecided ones, one will "
-        "look decided by chance.",
-        "", claims(found), "## Accuracy", "", "Of the last epoch, on the test images, in %: "
-        "mean ± sd (difference to the dense network, runs).", "", tables(found), "## By epoch", "",
-        "The dip while the learning rate is large is normal: compare the ends.", "", "```",
-        pictures(found), "```"])
+    lines = [f"\n{len(rows)} retrainings, {minutes:.0f} minutes of a process; {'; '.join(made)}.",
+             "- Accuracy: of the last epoch, on the test images, in %: mean ± sd (difference to the"
+             " dense network, runs).",
+             "- Claims: differences in points, paired over dense networks and seeds, with Student's"
+             " interval at 95 %, each by itself: of twenty undecided ones, one will look decided. "
+             "Behind a slash: pruned at random; the unpruned network; with the least epochs.",
+             "- Pictures: test accuracy by epoch; its largest, its last. The dip while the learning"
+             " rate is large is normal: compare the ends.\n"]
+    for network, what in dict.fromkeys(key[:2] for key in found):
+        keys = sorted(key for key in found if key[:2] == (network, what))
+        arms = sorted({arm for key in keys for arm in found[key]},
+                      key=lambda arm: (EVERY.index(arm.split("/")[0]), arm))
+        dense = {row["dense"]: row["dense_test_accuracy"] for key in keys
+                 for runs in found[key].values() for row in runs.values()}
+        lines += [f"**{network}, pruned: {what}**; dense {spread([*dense.values()])} "
+                  f"(n={len(dense)}).\n", accuracies(found, keys, arms),
+                  claims(found, keys, arms), f"```\n{pictures(found, keys, arms)}\n```\n"]
+    return "\n".join(lines)
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -154,14 +154,12 @@ def retrain(name, epochs, steps_per_epoch, recipe=None, lr=None, end_lr=None, cy
 def number(kind, low, high=10 ** 9):
     """An argparse type: an int or float in [low, high]."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be {'a whole' if kind is int else 'a'} number "
-                                             f"from {low:g} to {high:g}, not {text[:40]!r}")
+            raise ValueError
         return value
+    # What argparse says of a ValueError: "invalid whole number from 1 to 9 value: 'x'".
+    parse.__name__ = f"{'whole ' * (kind is int)}number from {low:g} to {high:g}"
     return parse
 
 

@@ -100,13 +100,12 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
                       "train_accuracy": 100 * hits.sum().item() / seen,
                       "test_accuracy": evaluate(network, data, machine)})
         seconds += time.perf_counter() - began
-        if machine.rank == 0:
-            for file in [snapshot_path(path, epoch + 1)] * (epoch + 1 in keep) + [path]:
-                models.save(file, {
-                    "kind": "state", "settings": settings, "curve": curve, "seconds": seconds,
-                    "model": network.state_dict(),
-                    "momentum": {name: optimizer.state[parameter]["momentum_buffer"]
-                                 for name, parameter in network.named_parameters()}})
+        for file in [snapshot_path(path, epoch + 1)] * (epoch + 1 in keep) + [path]:
+            models.save(file, {
+                "kind": "state", "settings": settings, "curve": curve, "seconds": seconds,
+                "model": network.state_dict(),
+                "momentum": {name: optimizer.state[parameter]["momentum_buffer"]
+                             for name, parameter in network.named_parameters()}})
         yield curve, seconds
 
 
@@ -128,14 +127,12 @@ def evaluate(network, data, machine):
     """Percent of the test images that are classified rightly; each counted exactly once."""
     network.eval()
     mine = torch.arange(machine.rank, len(data.test[1]), machine.world)
-    right = torch.zeros((), dtype=torch.int64, device=machine.device)
-    with torch.inference_mode():
-        for x, y in plain_batches(data.test, mine, data, machine):
-            with machine.autocast():
-                out = network(x)
-            right += (out.argmax(1) == y).sum()
-    if machine.world > 1:
-        torch.distributed.all_reduce(right)
+    with torch.inference_mode(), machine.autocast():
+        right = sum(((network(x).argmax(1) == y).sum()
+                     for x, y in plain_batches(data.test, mine, data, machine)),
+                    torch.zeros((), dtype=torch.int64, device=machine.device))
+        if machine.world > 1:
+            torch.distributed.all_reduce(right)
     return 100 * right.item() / len(data.test[1])
 
 
@@ -182,18 +179,14 @@ def describe(curve, seconds, epochs):
     point, left = curve[-1], seconds / len(curve) * (epochs - len(curve))
     return (f"{point['epoch']:4d}/{epochs}  lr {point['lr']:<9.4g} loss {point['train_loss']:.4f}  "
             f"train {point['train_accuracy']:5.2f} %  test {point['test_accuracy']:5.2f} %  "
-            f"{clock(left)} left")
-
-
-def clock(seconds):
-    return datetime.timedelta(seconds=round(seconds))
+            f"{datetime.timedelta(seconds=round(left))} left")
 
 
 # ---- batches -------------------------------------------------------------------------------------
 
 class Data(NamedTuple):
     """A data set. A split is (images, labels): images are uint8 (n, 3, side, side) on the device,
-    the training ones with their black border, or, if too large, a list of file paths."""
+    the training ones with their black border, or, if too large, an array of file paths."""
     train: tuple
     test: tuple
     side: int
@@ -225,17 +218,12 @@ def augment(padded, index, crop, flip):
     return torch.where(flip[:, None, None, None], x.flip(3), x)
 
 
-def normalise(x, data):
-    """uint8 images -> float32, channels_last, with the data set's mean and std."""
-    scale, shift = affine(tuple(data.mean), tuple(data.std), x.device)
-    return x.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift)
-
-
-@functools.cache
-def affine(mean, std, device):
-    """The two (1, 3, 1, 1) tensors of `normalise`, brought to the device once."""
-    scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
-    return tuple(torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (scale, shift))
+def normaliser(data, device):
+    """A function: uint8 images -> float32, channels_last, with the data set's mean and std."""
+    scale, shift = [1 / (255 * s) for s in data.std], [-m / s for m, s in zip(data.mean, data.std)]
+    scale, shift = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (scale, shift))
+    return lambda x: (x.to(torch.float32, memory_format=torch.channels_last)
+                      .mul_(scale).add_(shift))
 
 
 def train_batches(data, seed, epoch, batch_size, machine):
@@ -251,20 +239,21 @@ def train_batches(data, seed, epoch, batch_size, machine):
         size = min(batch_size, len(labels) - low) // machine.world * machine.world
         if size:
             parts.append(slice(low + machine.rank, low + size, machine.world))
-    if isinstance(images, list):
+    if isinstance(images, np.ndarray):
         return file_batches(data.train, [order[p] for p in parts], data, machine, (seed, epoch))
     order, crop, flip = (t.to(machine.device) for t in (order, crop, flip))
-    return ((normalise(augment(images, order[p], crop[p], flip[p]), data), labels[order[p]])
+    normalise = normaliser(data, machine.device)
+    return ((normalise(augment(images, order[p], crop[p], flip[p])), labels[order[p]])
             for p in parts)
 
 
 def plain_batches(split, index, data, machine):
     """(float images, labels) of the images `index` of a split, as they are."""
     images, labels = split
-    if isinstance(images, list):
+    if isinstance(images, np.ndarray):
         return file_batches(split, index.split(128), data, machine)
-    parts = index.to(machine.device).split(1000)
-    return ((normalise(images[part].to(machine.device), data), labels[part]) for part in parts)
+    parts, normalise = index.to(machine.device).split(1000), normaliser(data, machine.device)
+    return ((normalise(images[part]), labels[part]) for part in parts)
 
 
 def decoded(paths, labels, transform, seed, index):
@@ -281,6 +270,7 @@ def file_batches(split, parts, data, machine, seed=None):
     """(float images, labels) for each index tensor of `parts`; augmented if there is a `seed`."""
     from torchvision.transforms import v2
     images, labels = split
+    normalise = normaliser(data, machine.device)
     crop = ([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()] if seed
             else [v2.Resize(256, antialias=True), v2.CenterCrop(224)])
     transform = v2.Compose([*crop, v2.PILToTensor()])
@@ -291,7 +281,7 @@ def file_batches(split, parts, data, machine, seed=None):
     try:
         for x, y in loader:
             x, y = (t.to(machine.device, non_blocking=True) for t in (x, y))
-            yield normalise(x, data), y
+            yield normalise(x), y
     except Refused as problem:     # out of a worker it comes with that one's traceback as its text
         problem.__traceback__ = None     # holds the loader, whose workers would end 5 s late
         raise Refused(str(problem).strip().rsplit("Refused: ")[-1]) from None
@@ -323,7 +313,7 @@ def shapes(count, seed):
 
 def split_of(name, data_dir, training):
     """(images, labels, class names) of a data set's training or test images: uint8 (n, 3, side,
-    side), or a list of file paths."""
+    side), or an array of file paths."""
     if name == "shapes":
         images, labels = shapes(*((3000, 0) if training else (2000, 1)))
         return images, labels.numpy(), list(range(10))
@@ -340,7 +330,8 @@ def split_of(name, data_dir, training):
         path = os.path.join(data_dir, folder)
         if os.path.isdir(path):
             found = datasets.ImageFolder(path)
-            return [p for p, _ in found.samples], np.array(found.targets), found.classes
+            paths = np.array([path for path, _ in found.samples], object)
+            return paths, np.array(found.targets), found.classes
     raise Refused(f"argument --data-dir: {data_dir} has no {'training' if training else 'test'} "
                   "images: train/<class>/*, and test/ or val/<class>/*")
 
@@ -399,18 +390,17 @@ def load_data(dataset, data_dir, subset, test_subset, device):
         images, labels, classes = split_of(dataset, data_dir, training)
         if wanted is not None:
             chosen = balanced(labels, wanted)
-            labels = labels[chosen]
-            images = [images[i] for i in chosen] if isinstance(images, list) else images[chosen]
-        if isinstance(images, list) and max(decode(images[0]).size) <= LARGEST_RESIDENT:
+            images, labels = images[chosen], labels[chosen]
+        if isinstance(images, np.ndarray) and max(decode(images[0]).size) <= LARGEST_RESIDENT:
             images = resident(images)
         splits.append([images, torch.from_numpy(labels)])
-        kinds.append((classes, 224 if isinstance(images, list) else images.shape[-1]))
+        kinds.append((classes, 224 if isinstance(images, np.ndarray) else images.shape[-1]))
     (classes, side), (images, labels) = kinds[0], splits[0]
     odd = sorted(set(kinds[0][0]) ^ set(kinds[1][0]))
     if kinds[1] != kinds[0]:       # as many classes, but others: labels would be silently wrong
         raise Refused(f"argument --data-dir: {data_dir}: training and test images differ, in "
                       f"{f'class {odd[0]!r}' if odd else f'their {[k[1] for k in kinds]} pixels'}")
-    if isinstance(images, list):
+    if isinstance(images, np.ndarray):
         content = "".join("/".join(re.split(r"[/\\]", p)[-2:]) for p in images).encode()
         mean, std = IMAGENET_STATISTICS
     else:
@@ -418,7 +408,7 @@ def load_data(dataset, data_dir, subset, test_subset, device):
         content = splits[0][0].numpy().tobytes()
         mean, std = CIFAR_STATISTICS if "cifar" in dataset else statistics_of(images)
     digest = hashlib.sha256(labels.numpy().tobytes() + content).hexdigest()[:8]
-    splits = [[x if isinstance(x, list) else x.to(device) for x in split] for split in splits]
+    splits = [[x if isinstance(x, np.ndarray) else x.to(device) for x in split] for split in splits]
     return Data(*splits, side, len(classes), list(mean), list(std),
                 f"{len(labels)} images, {len(classes)} classes, {side} pixels, {digest}")
 
@@ -582,20 +572,18 @@ def train(args, machine):
         keep = range(recipe["epochs"] % every or every, recipe["epochs"], every)
         steps = math.ceil(len(data.train[1]) / recipe["batch_size"])
         curve, seconds = [], 0.0
-        if args.epochs == 0:
-            accuracy = evaluate(network.to(machine.device), data, machine)
-        else:
-            for curve, seconds in fit(network, data, schedules.dense(recipe, steps), settings,
-                                      machine, target, keep=keep):
-                say(describe(curve, seconds, recipe["epochs"]))
-            accuracy = curve[-1]["test_accuracy"]
-        if machine.rank == 0:
-            models.save(target, {
-                "kind": "dense", "arch": args.arch, "classes": data.classes, "side": data.side,
-                "mean": data.mean, "std": data.std, "data_dir": data_dir, "recipe": recipe,
-                "settings": settings, "test_accuracy": accuracy, "dense_test_accuracy": accuracy,
-                "dense_params": parameters, "dense_macs": macs, "curve": curve,
-                "seconds": seconds, **provenance(machine.device), "model": network.state_dict()})
+        for curve, seconds in () if args.epochs == 0 else fit(
+                network, data, schedules.dense(recipe, steps), settings, machine, target,
+                keep=keep):
+            say(describe(curve, seconds, recipe["epochs"]))
+        accuracy = (curve[-1]["test_accuracy"] if curve else
+                    evaluate(network.to(machine.device), data, machine))
+        models.save(target, {
+            "kind": "dense", "arch": args.arch, "classes": data.classes, "side": data.side,
+            "mean": data.mean, "std": data.std, "data_dir": data_dir, "recipe": recipe,
+            "settings": settings, "test_accuracy": accuracy, "dense_test_accuracy": accuracy,
+            "dense_params": parameters, "dense_macs": macs, "curve": curve, "seconds": seconds,
+            **provenance(machine.device), "model": network.state_dict()})
         say(f"test {accuracy:.2f} % after {len(curve)} epochs, {seconds:.0f} s. Wrote {target}. "
             f"Next: python prune.py {target}")
 
