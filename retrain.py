@@ -204,8 +204,8 @@ def begin_worker(args, jobs):
     threading.Thread(target=end_with_parent, daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // jobs))
-    number = re.search(r"\d+$", multiprocessing.current_process().name)[0]
-    train.the_machine(args, place=int(number))
+    os.environ["LOCAL_RANK"] = re.search(r"\d+$", multiprocessing.current_process().name)[0]
+    train.the_machine(args)
 
 
 def attempt(run, args, machine):
@@ -442,12 +442,10 @@ def report(rows):
 def runs_of(args, machine):
     """{Run: name} of all that the command line asks for; what can be refused at once, is."""
     default, runs = f"runs/shapes-resnet8-s0{'-dry' * args.dry_run}", {}
-    checkpoints = {path: models.read(path, *["pruned"] * bool(args.checkpoint))
-                   for path in args.checkpoint or sorted(glob.glob(f"{default}/*-*.pt"))}
-    checkpoints = {path: c for path, c in checkpoints.items() if c["kind"] == "pruned"}
-    if not checkpoints:
-        raise Refused(f"{default}: no pruned checkpoint is there; run prune.py first, or name one")
-    for path, checkpoint in checkpoints.items():
+    for path in args.checkpoint or sorted(glob.glob(f"{default}/*-*.pt")):
+        checkpoint = models.read(path, *["pruned"] * bool(args.checkpoint))
+        if checkpoint["kind"] != "pruned":             # one of the default folder's others
+            continue
         recipe = checkpoint["recipe"]
         base = train.RECIPES[recipe["dataset"]]
         budgets = args.epochs or [max(1, recipe["epochs"] * base["retrain"] // base["epochs"])]
@@ -459,6 +457,8 @@ def runs_of(args, machine):
         if max(budgets) >= recipe["epochs"]:
             say(f"{path}: T = {recipe['epochs']}; with as many epochs or more, lr_rewind and "
                 "weight_rewind start the dense run over")
+    if not runs:
+        raise Refused(f"{default}: no pruned checkpoint is there; run prune.py first, or name one")
     return runs
 
 

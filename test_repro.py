@@ -640,8 +640,7 @@ def test_verdicts_and_claims_which_are_paired_and_leave_out_what_was_not_run():
             *made_up("l1", "one_cycle", [92.9], lr=.2, end_lr=0., cycle_momentum=False)]
     bare = made_up("l1", "one_cycle", [50, 60], removed=0)
     text = re.sub(r"not decided | \[.*?\]|, n=1", "", retrain.report(rows + bare))
-    found = re.findall(r"^\| claim (?:.+\n)+", text, re.M)
-    assert "\n".join(found) == """\
+    assert "\n".join(re.findall(r"^\| claim (?:.+\n)+", text, re.M)) == """\
 | claim | l1, t=2 | l1, t=4 | l1, t=8 | random, t=4 |
 | --- | --- | --- | --- | --- |
 | `one_cycle > finetune` | – | +0.60 | – | – |

@@ -440,10 +440,8 @@ class Machine(NamedTuple):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def the_machine(args, place=None):
-    """The `Machine` of the command line; joins the process group when started by torchrun.
-
-    place: which of the accelerators, if there are several (default: torchrun's local rank)."""
+def the_machine(args):
+    """The `Machine` of the command line; joins the process group when started by torchrun."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if rank >= world:
@@ -451,7 +449,7 @@ def the_machine(args, place=None):
                       "sets them, or unset them")
     device, gpus = torch.device(args.device), torch.accelerator.device_count()
     if device.type != "cpu":
-        torch.accelerator.set_device_index((local if place is None else place) % gpus)
+        torch.accelerator.set_device_index(local % gpus)
     # glibc hands every large tensor's memory back and faults it in again: a tenth of a CPU's step.
     with contextlib.suppress(OSError, TypeError, AttributeError):        # another system's library
         for parameter, value in ((-3, 32 << 20), (-1, 2 ** 31 - 1)):     # M_MMAP_, M_TRIM_THRESHOLD
