@@ -305,22 +305,22 @@ def table(corner, keys, lines):
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def spread(values):
-    """`mean ± sd` of some accuracies."""
-    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if values[1:] else "")
-
-
-def accuracies(cells, keys, arms):
-    """The table of the test accuracies, a line for each of `arms`."""
+def accuracies(corner, found, keys, arms):
+    """The table of the test accuracies: of the arms, and of the unpruned network retrained alike."""
     def shown(runs):
-        gains = [row["test_accuracy"] - row["dense_test_accuracy"] for row in runs]
-        return (f"{spread([row['test_accuracy'] for row in runs])} ({np.mean(gains):+.2f}, "
-                f"n={len(runs)})" if runs else "–")
-    first = [next(row for runs in cells[key].values() for row in runs.values()) for key in keys]
-    return table("", keys, {
-        "parameters, MACs left": [f"{r['nonzero'] / r['dense_params']:.0%}, "
-                                  f"{r['macs'] / r['dense_macs']:.0%}" for r in first],
-        **{f"`{arm}`": [shown(cells[key].get(arm, {}).values()) for key in keys] for arm in arms}})
+        values = [row["test_accuracy"] for row in runs]
+        gain = np.mean([row["test_accuracy"] - row["dense_test_accuracy"] for row in runs])
+        sd = f" ± {np.std(values, ddof=1):.2f}" if values[1:] else ""
+        return f"{np.mean(values):.2f}{sd} ({gain:+.2f}, n={len(values)})"
+    dense = [{row["dense"]: row for row in rows["dense"].values()}.values() for rows in found]
+    lines = {"parameters, MACs left": [f"{r['nonzero'] / r['dense_params']:.0%}, "
+                                       f"{r['macs'] / r['dense_macs']:.0%}" for r, *_ in dense],
+             "`dense`": [shown(rows) for rows in dense]}
+    for arm in (*arms, *(f"{arm}/unpruned" for arm in EVERY)):
+        runs = [rows.get(arm, {}).values() for rows in found]
+        if any(runs):
+            lines[f"`{arm}`"] = [shown(some) if some else "–" for some in runs]
+    return table(corner, keys, lines)
 
 
 # The 97.5 % quantiles of Student's t, for 1, 2, … degrees of freedom; the last serves for more.
@@ -343,19 +343,18 @@ CLAIMS = (
 
 
 def comparable(cells, key):
-    """{name: {pair: accuracy}} of what the claims about a cell compare: its arms, `dense`, and the
-    arms of other cells: pruned at /random, the /unpruned network, with the /first, least budget."""
+    """{name: {pair: row}} of what is compared with a cell: its arms, `dense`, and the arms of other
+    cells: pruned at /random, the /unpruned network, with the /first, least budget."""
     network, what, method, t = key
     first = min(other[3] for other in cells if other[:3] == key[:3])
     others = {"": key, "/random": (network, what, "random", t), "/first": (*key[:3], first),
               **{"/unpruned": other for other in cells if other[::3] == (network, t)
                  and other[1] == "nothing"}}
-    found = {"dense": {pair: row["dense_test_accuracy"] for runs in cells[key].values()
-                       for pair, row in runs.items()}}
+    found = {"dense": {pair: {**row, "test_accuracy": row["dense_test_accuracy"]}
+                       for runs in cells[key].values() for pair, row in runs.items()}}
     for behind, other in others.items():
         if other != key or not behind:        # nothing is compared with itself
-            found |= {arm + behind: {pair: row["test_accuracy"] for pair, row in runs.items()}
-                      for arm, runs in cells.get(other, {}).items()}
+            found |= {arm + behind: runs for arm, runs in cells.get(other, {}).items()}
     return found
 
 
@@ -364,8 +363,8 @@ def differences(claim, found):
     parts = [((-1) ** (i + j), found.get(name, {}))
              for i, side in enumerate(re.split(" (?:>|=|<=) ", claim))
              for j, name in enumerate(side.split(" - "))]
-    return [sum(sign * values[pair] for sign, values in parts) for pair in parts[0][1]
-            if all(pair in values for _, values in parts)]
+    return [sum(sign * runs[pair]["test_accuracy"] for sign, runs in parts) for pair in parts[0][1]
+            if all(pair in runs for _, runs in parts)]
 
 
 def verdict(values, relation):
@@ -383,27 +382,25 @@ def verdict(values, relation):
     return f"{word} {mean:+.2f} [{low:+.2f}, {high:+.2f}], n={n}"
 
 
-def claims(cells, keys, arms):
+def claims(found, keys, arms):
     """The table of the claims, a line for each that the rows can say something of."""
-    controls = [f"{arm} > {other}" for arm in arms if "/" in arm
-                for other in (arm.split("/")[0], "finetune")]
-    found, lines = [comparable(cells, key) for key in keys], {}
-    for claim in (*CLAIMS, *controls):
-        values = [differences(claim, accuracies) for accuracies in found]
+    lines = {}
+    for claim in (*CLAIMS, *(f"{arm} > {arm.split('/')[0]}" for arm in arms if "/" in arm)):
+        values = [differences(claim, rows) for rows in found]
         if any(values):
             relation, = re.findall(" (>|=|<=) ", claim)
             lines[f"`{claim}`"] = [verdict(some, relation) for some in values]
     return table("claim", keys, lines) if lines else ""
 
 
-def pictures(cells, keys, arms):
+def pictures(found, keys, arms):
     """Mean test accuracy by epoch of each cell's arms, as lines of blocks that share one scale;
     without scratch, whose low start flattens the others."""
     lines = []
-    for key in keys:
+    for key, rows in zip(keys, found):
         curves = {arm: np.mean([[point["test_accuracy"] for point in row["curve"]]
-                                for row in cells[key][arm].values()], 0)
-                  for arm in arms if arm in cells[key] and not arm.startswith("scratch")}
+                                for row in rows[arm].values()], 0)
+                  for arm in arms if arm in rows and not arm.startswith("scratch")}
         low, high = (f(map(f, curves.values()), default=0) for f in (min, max))
         lines += [f"{key[2]}, t={key[3]}: {low:.2f} to {high:.2f}",
                   *(f"  {arm:16} {schedules.blocks(curve, low, high)} {max(curve):.2f} "
@@ -416,7 +413,7 @@ def report(rows):
     of it, with its accuracies, claims and pictures."""
     made = sorted({f"{r['device']}, {r['threads']} threads, {r['precision']}, torch {r['torch']}, "
                    f"code {r['commit']}" for r in rows})
-    minutes, found = sum(r["seconds"] for r in rows) / 60, cells(rows)
+    minutes, every = sum(r["seconds"] for r in rows) / 60, cells(rows)
     lines = [f"\n{len(rows)} retrainings, {minutes:.0f} minutes of a process; {'; '.join(made)}.",
              "- Accuracy: of the last epoch, on the test images, in %: mean ± sd (difference to the"
              " dense network, runs).",
@@ -425,14 +422,12 @@ def report(rows):
              "Behind a slash: pruned at random; the unpruned network; with the least epochs.",
              "- Pictures: test accuracy by epoch; its largest, its last. The dip while the learning"
              " rate is large is normal: compare the ends.\n"]
-    for network, what in dict.fromkeys(key[:2] for key in found):
-        keys = sorted(key for key in found if key[:2] == (network, what))
-        arms = sorted({arm for key in keys for arm in found[key]},
+    for network, what in dict.fromkeys(key[:2] for key in every):
+        keys = sorted(key for key in every if key[:2] == (network, what))
+        arms = sorted({arm for key in keys for arm in every[key]},
                       key=lambda arm: (EVERY.index(arm.split("/")[0]), arm))
-        dense = {row["dense"]: row["dense_test_accuracy"] for key in keys
-                 for runs in found[key].values() for row in runs.values()}
-        lines += [f"**{network}, pruned: {what}**; dense {spread([*dense.values()])} "
-                  f"(n={len(dense)}).\n", accuracies(found, keys, arms),
+        found = [comparable(every, key) for key in keys]
+        lines += [accuracies(f"{network}, pruned: {what}", found, keys, arms),
                   claims(found, keys, arms), f"```\n{pictures(found, keys, arms)}\n```\n"]
     return "\n".join(lines)
 
