@@ -12,6 +12,7 @@ batch size, weight decay, data order and budget. Each finished run adds one line
 its run folder, which says all that is needed to run it again; a run that is there is not repeated,
 one that was interrupted goes on after its last finished epoch.
 """
+import argparse
 import contextlib
 import datetime
 import glob
@@ -106,9 +107,8 @@ def settings_of(run, checkpoint, args, machine):
         "pruned": models.digest(checkpoint["model"]), "dense": checkpoint["dense_id"],
         "round": run.round, "schedule": schedule, "budget": run.epochs,
         "epochs": longer.get(schedule, run.epochs), "seed": run.seed,
-        "lr": args.lr if schedule in schedules.TAKE_LR else None,
-        "end_lr": args.end_lr if schedule in schedules.TAKE_END_LR else None,
-        "cycle_momentum": args.cycle_momentum if schedule == "one_cycle" else None,
+        **{key: getattr(args, key) if schedule in takers else None
+           for key, takers in schedules.TAKE.items()},
         "batch_size": recipe["batch_size"], "weight_decay": recipe["weight_decay"],
         "subset": recipe["subset"], "precision": "bf16" if machine.bf16 else "fp32"}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
@@ -133,8 +133,8 @@ def retrain(run, args, machine):
     epochs, steps = settings["epochs"], math.ceil(len(data.train[1]) / settings["batch_size"])
     network, momentum, masks = start(run, checkpoint)
     schedule = schedules.retrain(
-        run.schedule, epochs, steps, checkpoint["recipe"], settings["lr"], settings["end_lr"],
-        args.cycle_momentum, checkpoint["distance"], checkpoint["removed"])
+        run.schedule, epochs, steps, **{key: settings[key] for key in schedules.TAKE},
+        **{key: checkpoint[key] for key in ("recipe", "distance", "removed")})
     for curve, seconds in train.fit(
             network, data, schedule, {**settings, "data": checkpoint["settings"]["data"]},
             machine, target, masks, momentum):
@@ -306,7 +306,7 @@ def table(corner, keys, lines):
 
 
 def accuracies(corner, found, keys, arms):
-    """The table of the test accuracies: of the arms, and of the unpruned network retrained alike."""
+    """The table of the test accuracies: of the arms, and of the dense network retrained alike."""
     def shown(runs):
         values = [row["test_accuracy"] for row in runs]
         gain = np.mean([row["test_accuracy"] - row["dense_test_accuracy"] for row in runs])
@@ -358,10 +358,9 @@ def comparable(cells, key):
     return found
 
 
-def differences(claim, found):
+def differences(sides, found):
     """The left side of a claim minus its right one, for each pair of which all is `found`."""
-    parts = [((-1) ** (i + j), found.get(name, {}))
-             for i, side in enumerate(re.split(" (?:>|=|<=) ", claim))
+    parts = [((-1) ** (i + j), found.get(name, {})) for i, side in enumerate(sides)
              for j, name in enumerate(side.split(" - "))]
     return [sum(sign * runs[pair]["test_accuracy"] for sign, runs in parts) for pair in parts[0][1]
             if all(pair in runs for _, runs in parts)]
@@ -386,9 +385,9 @@ def claims(found, keys, arms):
     """The table of the claims, a line for each that the rows can say something of."""
     lines = {}
     for claim in (*CLAIMS, *(f"{arm} > {arm.split('/')[0]}" for arm in arms if "/" in arm)):
-        values = [differences(claim, rows) for rows in found]
+        left, relation, right = re.split(" (>|=|<=) ", claim)
+        values = [differences((left, right), rows) for rows in found]
         if any(values):
-            relation, = re.findall(" (>|=|<=) ", claim)
             lines[f"`{claim}`"] = [verdict(some, relation) for some in values]
     return table("claim", keys, lines) if lines else ""
 
@@ -471,18 +470,16 @@ def main(argv=None):
         help="budgets (default: the recipe's share of T, a quarter for CIFAR)")
     add("--lr", type=number(float, 1e-9), help="in place of LR_max (default: the dense run's)")
     add("--end-lr", type=number(float, 0), help="the last one, but of slr (default: as published)")
-    add("--no-cycle-momentum", dest="cycle_momentum", action="store_false",
-        help="one_cycle holds the momentum (default: cycles it, as published)")
+    add("--cycle-momentum", action=argparse.BooleanOptionalAction, default=True,
+        help="of one_cycle (default: yes, as published)")
     add("--rounds", type=number(int, 1, 1000), default=1, metavar="K",
         help="retrain and prune by as much again, K times (default 1)")
     train.machine_flags(flags)
     args = flags.parse_args(argv)
-    for flag, given, takers in (("--lr", args.lr is not None, schedules.TAKE_LR),
-                                ("--end-lr", args.end_lr is not None, schedules.TAKE_END_LR),
-                                ("--no-cycle-momentum", not args.cycle_momentum, ("one_cycle",))):
-        if given and not set(takers) & set(args.schedule):
-            flags.error(f"argument {flag}: {' '.join(args.schedule)} would ignore it; it is for "
-                        f"{', '.join(takers)}")
+    for key, takers in schedules.TAKE.items():
+        if getattr(args, key) != flags.get_default(key) and not set(takers) & set(args.schedule):
+            flags.error(f"argument --{key.replace('_', '-')}: {' '.join(args.schedule)} would "
+                        f"ignore it; it is for {', '.join(takers)}")
     if args.dry_run and args.checkpoint:
         flags.error("argument --dry-run: retrains what train.py --dry-run led to; name no file")
     folders, failed = args.report, 0

@@ -17,8 +17,9 @@ import math
 DENSE = ("step", "cosine", "linear", "one_cycle", "constant")
 RETRAIN = ("finetune", "lr_rewind", "weight_rewind", "slr", "one_cycle", "linear",
            "adaptive_linear", "scratch")
-TAKE_LR = ("slr", "one_cycle", "linear", "adaptive_linear")               # use lr
-TAKE_END_LR = ("finetune", "one_cycle", "linear", "adaptive_linear")      # use end_lr
+TAKE = {"lr": ("slr", "one_cycle", "linear", "adaptive_linear"),          # which use the argument
+        "end_lr": ("finetune", "one_cycle", "linear", "adaptive_linear"),
+        "cycle_momentum": ("one_cycle",)}
 
 
 class Refused(ValueError):
@@ -123,9 +124,9 @@ def retrain(name, epochs, steps_per_epoch, recipe=None, lr=None, end_lr=None, cy
     """A retraining schedule as a function `step -> (lr, momentum)`, step from 0 to epochs*S - 1.
 
     name: one of RETRAIN. epochs: the budget t. recipe: what is known of the dense run (`dense`);
-    with `lr`, one_cycle and linear need none, finetune with `end_lr` neither. lr replaces LR_max
-    (TAKE_LR), end_lr the last learning rate (TAKE_END_LR): LR_min for finetune, LR_max/10,000 for
-    one_cycle, 0 for the linear ones. distance, removed: see `adaptive_peak`.
+    with `lr`, one_cycle and linear need none, finetune with `end_lr` neither. lr replaces
+    LR_max, end_lr the last learning rate (LR_min for finetune, LR_max/10,000 for one_cycle, 0 for
+    the linear ones), for those in TAKE. distance, removed: see `adaptive_peak`.
     Raises Refused for an unknown name and for a recipe that lacks what the schedule needs."""
     recipe = Recipe(recipe or {})
     steps, momentum = epochs * steps_per_epoch, recipe.get("momentum", 0.9)
@@ -138,7 +139,7 @@ def retrain(name, epochs, steps_per_epoch, recipe=None, lr=None, end_lr=None, cy
         return lambda step: original(max(0, first + step))
     if name in ("scratch", "scratch_e", "scratch_b"):  # Liu 2019
         return dense(recipe, steps_per_epoch, epochs / recipe["epochs"])
-    if name not in TAKE_LR:
+    if name not in TAKE["lr"]:
         raise Refused(f"unknown schedule {name!r}; known: {', '.join(RETRAIN)}")
     peak = recipe["lr"] if lr is None else lr
     if name == "slr":

@@ -668,7 +668,8 @@ def test_the_report_to_the_digit():
     text = retrain.report(rows)
     for line in (
             "| resnet56 on cifar10, pruned: filters planB | l1, t=2 | l1, t=4 | l1, t=8 | "
-            "random, t=4 |", "| --- | --- | --- | --- | --- |", "| `dense` |" + 4 * " 93.00 (+0.00, n=1) |",
+            "random, t=4 |", "| --- | --- | --- | --- | --- |",
+            "| `dense` |" + 4 * " 93.00 (+0.00, n=1) |",
             "| parameters, MACs left | 25%, 25% | 25%, 25% | 25%, 25% | 25%, 25% |",
             "| `slr` | 93.50 ± 0.71 (+0.50, n=2) | – | – | 93.50 (+0.50, n=1) |",
             "| resnet56 on cifar10, pruned: weights 0.5-layer-linear round 2 | l1, t=4 |",
@@ -884,8 +885,8 @@ ignore it|retrain --schedule finetune --lr 1;retrain --schedule slr --end-lr 1 -
 has no (training|test) images|FOLDER nowhere;FOLDER sets/notest
 not a readable image|FOLDER sets/corrupt
 has 16 bits a channel|FOLDER sets/deep
-(square and .* not 9 x 8|differ, in class 'b')|FOLDER sets/wide;FOLDER sets/names
-differ, in their .8, 9. pixels|FOLDER sets/sizes
+(square and .* not 9 x 8|pixels: b c)|FOLDER sets/wide;FOLDER sets/names
+pixels: 8 9|FOLDER sets/sizes
 10 images, .* but the network was trained on|DENSE --data-dir OTHER
 """
 

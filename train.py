@@ -396,10 +396,10 @@ def load_data(dataset, data_dir, subset, test_subset, device):
         splits.append([images, torch.from_numpy(labels)])
         kinds.append((classes, 224 if isinstance(images, np.ndarray) else images.shape[-1]))
     (classes, side), (images, labels) = kinds[0], splits[0]
-    odd = sorted(set(kinds[0][0]) ^ set(kinds[1][0]))
     if kinds[1] != kinds[0]:       # as many classes, but others: labels would be silently wrong
-        raise Refused(f"argument --data-dir: {data_dir}: training and test images differ, in "
-                      f"{f'class {odd[0]!r}' if odd else f'their {[k[1] for k in kinds]} pixels'}")
+        odd = sorted({*kinds[0][0]} ^ {*kinds[1][0]}) or [pixels for _, pixels in kinds]
+        raise Refused(f"argument --data-dir: {data_dir}: training and test images differ in their "
+                      f"classes or pixels: {' '.join(map(str, odd))}")
     if isinstance(images, np.ndarray):
         content = "".join("/".join(re.split(r"[/\\]", p)[-2:]) for p in images).encode()
         mean, std = IMAGENET_STATISTICS
@@ -506,8 +506,8 @@ def the_recipe(args):
 
     Its drops come at the same shares of other `epochs`: none before epoch 1, never two at once."""
     base = RECIPES[args.dataset]
-    recipe = {key: base[key] if getattr(args, key) is None else getattr(args, key) for key in
-              ("schedule", "epochs", "batch_size", "lr", "momentum", "weight_decay", "milestones")}
+    recipe = {key: usual if getattr(args, key) is None else getattr(args, key)
+              for key, usual in base.items() if key != "retrain"}
     recipe |= {"epochs": recipe["epochs"] or base["epochs"],     # 0: torchvision's weights, trained
                "dataset": args.dataset, "arch": args.arch, "seed": args.seed, "subset": args.subset,
                "test_subset": None, "pretrained": args.pretrained}
