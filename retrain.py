@@ -327,8 +327,8 @@ def accuracies(corner, found, keys, arms):
 STUDENT = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 SAME = 1        # pp: two arms are called equal if the whole interval is within this of 0
 
-# What the paper (its section, if not all of it) and this study claim of the accuracies of a cell's
-# arms; what stands behind a slash, `comparable` explains.
+# What the paper, and in the last two this study, claims of the accuracies of a cell's arms; what
+# stands behind a slash, `comparable` explains.
 CLAIMS = (
     "lr_rewind > finetune", "slr > finetune", "slr = lr_rewind",       # the rate, not the rewinding
     "one_cycle > finetune", "one_cycle > lr_rewind", "one_cycle > weight_rewind", "one_cycle > slr",
@@ -395,14 +395,14 @@ def claims(found, keys, arms):
 def pictures(found, keys, arms):
     """Mean test accuracy by epoch of each cell's arms, as lines of blocks that share one scale;
     without scratch, whose low start flattens the others."""
-    lines = []
+    lines, width = [], max(map(len, arms))
     for key, rows in zip(keys, found):
         curves = {arm: np.mean([[point["test_accuracy"] for point in row["curve"]]
                                 for row in rows[arm].values()], 0)
                   for arm in arms if arm in rows and not arm.startswith("scratch")}
         low, high = (f(map(f, curves.values()), default=0) for f in (min, max))
         lines += [f"{key[2]}, t={key[3]}: {low:.2f} to {high:.2f}",
-                  *(f"  {arm:16} {schedules.blocks(curve, low, high)} {max(curve):.2f} "
+                  *(f"  {arm:{width}} {schedules.blocks(curve, low, high)} {max(curve):.2f} "
                     f"{curve[-1]:.2f}" for arm, curve in curves.items())]
     return "\n".join(lines)
 

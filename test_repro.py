@@ -677,7 +677,7 @@ def test_the_report_to_the_digit():
             "| `slr > finetune` | not decided +3.00, n=2 | – | – | – |",
             "| resnet56 on cifar10, pruned: nothing | random, t=2 |",
             "l1, t=2: 90.17 to 93.50", "random, t=4: 90.50 to 93.50",
-            "  finetune         " + 30 * "▁" + 30 * "▃" + " 91.17 91.17"):
+            "  finetune " + 30 * "▁" + 30 * "▃" + " 91.17 91.17"):
         assert line in text.split("\n"), (line, text)
 
 
