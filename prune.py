@@ -313,7 +313,8 @@ def main(argv=None):
         pruned = prune(checkpoint, how, train.data_for(checkpoint, args, machine), machine)
         models.save(target, pruned)
         say(f"Wrote {target}: test {pruned['test_accuracy']:.2f} %, before "
-            f"{checkpoint['test_accuracy']:.2f} %; {train.size(pruned['params'], pruned['macs'])}")
+            f"{checkpoint['test_accuracy']:.2f} %; {pruned['params']:,} parameters, "
+            f"{pruned['macs']:,} MACs")
     say(f"Next: python retrain.py {' '.join(todo)}")
 
 

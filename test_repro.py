@@ -472,10 +472,11 @@ def test_recipes_subsets_and_generated_images(tmp_path, monkeypatch):
         assert made[-1]["seed"] == 0
     monkeypatch.undo()
     monkeypatch.setattr(torchvision.models, "get_model", lambda *names, **more: (names, more))
-    assert train.initial({"arch": "resnet50", "pretrained": True}, 1000) == (
-        ("resnet50",), {"weights": "IMAGENET1K_V1"})
+    assert models.build("resnet50", 1000, pretrained=True) == (
+        ("resnet50",), {"weights": "IMAGENET1K_V1", "num_classes": 1000})
     study()
-    monkeypatch.setattr(train, "initial", lambda recipe, classes: models.build("resnet8", classes))
+    monkeypatch.setattr(models, "build", lambda arch, classes, seed, _=0, build=models.build:
+                        build(arch, classes, seed))
     assert " after 0 epochs" in ok("train", "--dataset", "folder", "--data-dir", HOME / "data",
                                    "--epochs", 0, "--pretrained", "--out", tmp_path)
 
@@ -868,7 +869,7 @@ invalid whole number|train --epochs 1.5;train --batch-size 1;train --workers 999
 invalid number|train --lr nan;train --lr 0;train --momentum 1;prune --sparsity 1;schedules --lr x
 invalid choice|train --dataset mnist;prune --method best;retrain --schedule b;train --precision int8
 unrecognized|train --colour red;train x.pt;schedules x;train --epoch 3;train --resume
-(unknown n|the run .16)|train --arch resnet9;train --arch resnet08;train --milestones 8 16;TWICE
+(unknown n|the run .16)|train --arch resnet2;train --arch resnet08;train --milestones 8 16;TWICE
 (belongs to --schedule step|0 needs --pretr)|train --milestones 1 --schedule cosine;train --epochs 0
 (invalid choice: 'tpu'|a class has too few)|train --device tpu;SUBSET
 there are weights of .*, none of resnet18 for 10|train --arch resnet18 --pretrained

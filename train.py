@@ -523,26 +523,6 @@ def the_recipe(args):
     return recipe
 
 
-def initial(recipe, classes):
-    """The network a dense run starts from: fresh, or torchvision's with --pretrained, always the V1
-    weights: DEFAULT is V2 for ResNet-50, trained with another recipe (80.86 against 76.13 %)."""
-    arch = recipe["arch"]
-    if not recipe["pretrained"]:
-        return models.build(arch, classes, recipe["seed"])
-    from torchvision.models import get_model
-    if arch not in models.IMAGENET or classes != 1000:
-        raise Refused(f"argument --pretrained: there are weights of {', '.join(models.IMAGENET)} "
-                      f"for 1000 classes, none of {arch} for {classes}")
-    try:
-        return get_model(arch, weights="IMAGENET1K_V1")
-    except (OSError, RuntimeError) as problem:
-        raise Refused(f"argument --pretrained: cannot be fetched: {problem}") from None
-
-
-def size(parameters, macs):
-    return f"{parameters:,} parameters, {macs:,} MACs"
-
-
 def train(args, machine):
     """The dense run: writes dense.pt, and the snapshots that weight rewinding needs."""
     recipe, data_dir = the_recipe(args), args.data_dir or "data"
@@ -553,7 +533,7 @@ def train(args, machine):
     data = load_data(args.dataset, data_dir, recipe["subset"], recipe["test_subset"],
                      machine.device)
     settings = {**recipe, "precision": "bf16" if machine.bf16 else "fp32", "data": data.fingerprint}
-    network = initial(recipe, data.classes)
+    network = models.build(args.arch, data.classes, args.seed, args.pretrained)
     try:
         parameters, macs = models.count(network, data.side)
     except RuntimeError:
@@ -564,7 +544,7 @@ def train(args, machine):
             same_run(settings, done["settings"], target)
             return say(f"{target}: done already, test {done['test_accuracy']:.2f} %")
         say(f"{args.arch} on {args.dataset} ({data.fingerprint}; {len(data.test[1])} test images): "
-            f"{size(parameters, macs)}; {recipe['epochs']} epochs, x0.1 at "
+            f"{parameters:,} parameters, {macs:,} MACs; {recipe['epochs']} epochs, x0.1 at "
             f"{recipe['milestones']}; {machine.device}, {settings['precision']}")
         every = max(1, recipe["epochs"] // 18)            # counted from the end, as budgets are
         keep = range(recipe["epochs"] % every or every, recipe["epochs"], every)
@@ -655,7 +635,8 @@ def main(argv=None):
     checkpoint = models.read(args.evaluate, "dense", "pruned", "retrained")
     network, data = models.restore(checkpoint), data_for(checkpoint, args, machine)
     accuracy = evaluate(network.to(machine.device), data, machine)
-    say(f"{args.evaluate}: test {accuracy:.2f} %, {size(*models.count(network, data.side))}")
+    parameters, macs = models.count(network, data.side)
+    say(f"{args.evaluate}: test {accuracy:.2f} %, {parameters:,} parameters, {macs:,} MACs")
 
 
 if __name__ == "__main__":
