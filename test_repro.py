@@ -360,7 +360,7 @@ def test_weight_pruning_is_torchs_and_cumulative():
 
 def test_criteria_against_single_sample_gradients_and_numpy_and_what_they_keep():
     network, name = noisy("resnet8"), "layer3.0.conv1.weight"
-    x, y = torch.randn(70, 3, 16, 16, dtype=torch.float64), torch.arange(70) % 10
+    x, y = torch.randn(70, 3, 10, 10, dtype=torch.float64), torch.arange(70) % 10
     weight = network.get_parameter(name)
     single = torch.stack([torch.autograd.grad(F.cross_entropy(network(x[i:i + 1]), y[i:i + 1]),
                                               weight)[0] * weight.detach() for i in range(70)])
@@ -486,7 +486,8 @@ def test_a_first_attempt_of_few_epochs_needs_no_flags(tmp_path, monkeypatch, epo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "shapes", lambda count, seed, few=train.shapes: few(16, seed))
     train.load_data.cache_clear()
-    assert f"; {epochs} epochs, x0.1 at {milestones}; " in ok("train", "--epochs", epochs)
+    out = ok("train", "--epochs", epochs)
+    assert f"; {epochs} epochs, x0.1 at {milestones}; " in out and f"   1/{epochs}  lr 0.1  " in out
     ok("prune", "--method", "magnitude")
     out = ok("retrain", "--seed", 0, "--jobs", 1, "--schedule", "lr_rewind", "finetune")
     assert (" T = 1; with as many epochs or more, lr_rewind and" in out) == (epochs == 1)
@@ -619,7 +620,7 @@ def made_up(method, schedule, accuracies, budget=4, **more):
             for seed, a in enumerate(accuracies)]
 
 
-def test_verdicts_and_claims_which_are_paired_and_leave_out_what_was_not_run():
+def test_verdicts():
     angle = np.linspace(0, np.pi / 2, 100_001)                      # t = √f tan(angle), f degrees
     for f, quantile in enumerate(retrain.STUDENT, 1):
         mass = np.cumsum(np.cos(angle) ** (f - 1))
@@ -634,14 +635,29 @@ def test_verdicts_and_claims_which_are_paired_and_leave_out_what_was_not_run():
         found = retrain.verdict([mean - sd, mean, mean + sd], relation)
         assert found.startswith(words) and found.endswith("], n=3")
     assert retrain.verdict([.5, .5], ">") == "not decided +0.50, n=2"
+
+
+def test_the_report_to_the_digit():
     rows = [*made_up("l1", "finetune", [92.5, 90]), *made_up("l1", "one_cycle", [93.1]),
             *made_up("random", "one_cycle", [92.9]), *made_up("random", "slr", [92.8]),
             *made_up("l1", "finetune", [91], 2), *made_up("l1", "finetune", [1], 8, dense="e"),
             *made_up("l1", "one_cycle", [5], 8), *made_up("l1", "finetune", [2], 8, pruning_seed=1),
-            *made_up("l1", "one_cycle", [92.9], lr=.2, end_lr=0., cycle_momentum=False)]
-    bare = made_up("l1", "one_cycle", [50, 60], removed=0)
-    text = re.sub(r"not decided | \[.*?\]|, n=1", "", retrain.report(rows + bare))
-    assert "\n".join(re.findall(r"^\| claim (?:.+\n)+", text, re.M)) == """\
+            *made_up("l1", "one_cycle", [92.9], lr=.2, end_lr=0., cycle_momentum=False),
+            *made_up("l1", "one_cycle", [50, 60], removed=0), *made_up("l1", "scratch", [9], 8),
+            *made_up("l1", "slr", [90], structure="weights", plan=None, sparsity=.5, round=2,
+                     include_linear=True, macs=40, nonzero=20)]
+    text = retrain.report(rows)
+    for line in (
+            "| parameters, MACs left | 25%, 25% | 25%, 25% | 25%, 25% | 25%, 25% |",
+            "| `dense` |" + 3 * " 93.00 ± 0.00 (+0.00, n=2) |" + " 93.00 (+0.00, n=1) |",
+            "| `one_cycle/unpruned` |" + 2 * " – | 55.00 ± 7.07 (-38.00, n=2) |",
+            "| resnet56 on cifar10, pruned: weights 0.5-layer-linear round 2 | l1, t=4 |",
+            "| parameters, MACs left | 20%, 100% |", "| `slr` | 90.00 (-3.00, n=1) |",
+            "l1, t=8: -5.50 to 5.00", "l1, t=4: 87.00 to 90.00",                # without scratch
+            "  slr " + "".join(15 * block for block in "▁▃▆█") + " 90.00 90.00"):
+        assert line in text.split("\n"), (line, text)
+    found = re.findall(r"^\| claim (?:.+\n)+", text, re.M)       # paired; and only what was run
+    assert re.sub(r"not decided | \[.*?\]|, n=1", "", "\n".join(found)) == """\
 | claim | l1, t=2 | l1, t=4 | l1, t=8 | random, t=4 |
 | --- | --- | --- | --- | --- |
 | `one_cycle > finetune` | – | +0.60 | – | – |
@@ -658,28 +674,6 @@ def test_verdicts_and_claims_which_are_paired_and_leave_out_what_was_not_run():
 | --- | --- |
 | `one_cycle > dense` | -38.00, n=2 |
 """
-
-
-def test_the_report_to_the_digit():
-    rows = [*made_up("l1", "finetune", [92, 93, 94.5]), *made_up("random", "slr", [93.5]),
-            *made_up("l1", "slr", [93, 94], 2), *made_up("l1", "scratch", [9], 8),
-            *made_up("l1", "slr", [90], structure="weights", plan=None, sparsity=.5, round=2,
-                     include_linear=True, macs=40, nonzero=20),
-            *made_up("random", "slr", [1], 2, removed=0)]
-    text = retrain.report(rows)
-    for line in (
-            "| resnet56 on cifar10, pruned: filters planB | l1, t=2 | l1, t=4 | l1, t=8 | "
-            "random, t=4 |", "| --- | --- | --- | --- | --- |",
-            "| `dense` |" + 4 * " 93.00 (+0.00, n=1) |",
-            "| parameters, MACs left | 25%, 25% | 25%, 25% | 25%, 25% | 25%, 25% |",
-            "| `slr` | 93.50 ± 0.71 (+0.50, n=2) | – | – | 93.50 (+0.50, n=1) |",
-            "| resnet56 on cifar10, pruned: weights 0.5-layer-linear round 2 | l1, t=4 |",
-            "| parameters, MACs left | 20%, 100% |", "| `slr` | 90.00 (-3.00, n=1) |",
-            "| `slr > finetune` | not decided +3.00, n=2 | – | – | – |",
-            "| resnet56 on cifar10, pruned: nothing | random, t=2 |",
-            "l1, t=2: 90.17 to 93.50", "random, t=4: 90.50 to 93.50",
-            "  finetune " + 30 * "▁" + 30 * "▃" + " 91.17 91.17"):
-        assert line in text.split("\n"), (line, text)
 
 
 def dry_runs(folder):
@@ -745,11 +739,10 @@ SAID = {STOP: "goes on from here", fails: "No space", bad_loss: "the loss is not
 
 
 @pytest.mark.parametrize("name, pruned, where, number, how, done", [
-    ("dense", None, STEP, 7, STOP, 1), ("dense", None, STEP, 12, KILL, 2),
-    ("dense", None, SAVE, 1, KILL, 0), ("dense", None, SAVE, 5, STOP, 3),
-    ("dense", None, SYNC, 2, fails, 1), ("dense", None, STEP, 7, bad_loss, 1),
-    ("dense", None, STEP, 9, bad_weights, 1), ("one_cycle", "weights", STEP, 7, STOP, 1),
-    ("weight_rewind", "filters", STEP, 5, KILL, 1), ("weight_rewind", "weights", STEP, 3, STOP, 0),
+    ("dense", None, STEP, 12, STOP, 2), ("dense", None, SAVE, 1, KILL, 0),
+    ("dense", None, SAVE, 5, STOP, 3), ("dense", None, SYNC, 2, fails, 1),
+    ("dense", None, STEP, 7, bad_loss, 1), ("dense", None, STEP, 9, bad_weights, 1),
+    ("one_cycle", "weights", STEP, 3, STOP, 0), ("weight_rewind", "filters", STEP, 5, KILL, 1),
     ("slr", "filters", SAVE, 2, KILL, 2), ("scratch_e", "weights", STEP, 11, STOP, 2)])
 def test_the_same_command_goes_on(tmp_path, name, pruned, where, number, how, done):
     """Bitwise. It ends at call `number` of `where`, with `done` epochs on the disk."""
@@ -982,7 +975,15 @@ def test_two_workers_and_a_killed_parent_end_with_the_rows_of_one_process(others
     assert process.exitcode == -KILL and "state" in states
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: FORK)     # needs no imports
-    out = ok(*four_runs(folder / "killed", 2))
+    for process in (others.dry, *others.two):
+        process.join()
+
+    def interrupted(real, *what):                    # Ctrl-C, which workers leave to their parent
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, STOP)
+        real(*what)
+    with nth(retrain, "write_rows", 0, interrupted):
+        out = ok(*four_runs(folder / "killed", 2))
     assert re.findall(r" (\d) runs left", out)[-2:] == ["1", "0"]
     assert content(folder / "killed/run") == undisturbed(four_runs, 1)
     monkeypatch.delenv("OMP_NUM_THREADS")                   # then each worker takes its share
@@ -991,6 +992,9 @@ def test_two_workers_and_a_killed_parent_end_with_the_rows_of_one_process(others
         torch, "get_num_threads", lambda: n))
     ok(*four_runs(folder / "killed", 2), "--epochs", 1)
     assert [r["threads"] for r in read_rows(folder / "killed/run").values()][4:] == 4 * [2]
+    with nth(retrain, "write_rows", 0, fails):              # ends the workers and what is to come
+        assert "No space" in call(*four_runs(folder / "killed", 2), "--epochs", 7)[2]
+    assert len([*folder.glob("killed/run/*-t7-*.pt")]) < 4
 
 
 def test_processes_add_their_losses_and_share_the_first_ones_statistics(monkeypatch):

@@ -618,7 +618,7 @@ def main(argv=None):
     add("--pretrained", action="store_true", help="torchvision's V1 weights (default: fresh ones)")
     add("--evaluate", metavar="CHECKPOINT", help="only evaluate this file (default: train)")
     add = flags.add_argument_group("method (default: the data set's recipe)").add_argument
-    add("--epochs", type=number(int, 0, 10 ** 6), help="T (0: keep the --pretrained weights)")
+    add("--epochs", type=number(int, 0), help="T (0: keep the --pretrained weights)")
     add("--batch-size", type=number(int, 2))
     add("--schedule", choices=schedules.DENSE)
     add("--milestones", type=number(int, 1), nargs="*", help="epochs of its x0.1 drops (step)")
