@@ -232,10 +232,9 @@ def attempts(jobs, args, machine):
                 [pool.submit(attempt, run, args, machine) for run in runs]))
         except BrokenProcessPool:
             raise Refused("a worker process was killed; the same command goes on") from None
-        except BaseException:                          # Ctrl-C, a full disk: end the workers too
+        finally:      # Ctrl-C, a full disk: end them. A killed one may hold what idle ones wait for
             for child in multiprocessing.active_children():
                 child.kill()
-            raise
 
 
 def retrain_all(runs, args, machine):
