@@ -84,11 +84,11 @@ def start(run, checkpoint):
 def rewound(run, checkpoint):
     """(weights and buffers, momentum) of the dense run before epoch max(0, T - t): how it began, or
     as train.py kept it in the run folder."""
-    recipe, classes = checkpoint["recipe"], checkpoint["classes"]
+    recipe = checkpoint["recipe"]
     epoch = max(0, recipe["epochs"] - run.epochs)
     if epoch == 0:
-        arch, seed, pretrained = (recipe[key] for key in ("arch", "seed", "pretrained"))
-        return models.build(arch, classes, seed, pretrained).state_dict(), {}
+        return models.build(recipe["arch"], checkpoint["classes"], recipe["seed"],
+                            recipe["pretrained"]).state_dict(), {}
     path = train.snapshot_path(run.path, epoch)
     if not os.path.exists(path):
         kept = sorted(glob.glob(os.path.join(os.path.dirname(path), "epoch-*.pt")))
