@@ -21,7 +21,6 @@ from schedules import Refused
 
 FORMAT = 2                                                  # of checkpoints and of result rows
 IMAGENET = ("resnet18", "resnet34", "resnet50")             # torchvision's
-PRUNABLE_CONVS = {"BasicBlock": 1, "Bottleneck": 2}         # the first ones of a residual block
 
 
 # ---- networks ------------------------------------------------------------------------------------
@@ -166,7 +165,7 @@ def prunable(network):
     units, number = [], 1
     if isinstance(network, CifarResNet) or type(network).__module__ == "torchvision.models.resnet":
         for name, module in network.named_modules():
-            inner = PRUNABLE_CONVS.get(type(module).__name__)
+            inner = {"BasicBlock": 1, "Bottleneck": 2}.get(type(module).__name__)
             if inner:
                 stage = int(re.match(r"layer(\d+)", name)[1])
                 units += [Unit(f"{name}.conv{i}", f"{name}.bn{i}", f"{name}.conv{i + 1}", stage,

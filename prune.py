@@ -23,7 +23,6 @@ import torch.nn.functional as F
 import models
 import train
 from schedules import Refused, number
-from train import say
 
 METHODS = ("magnitude", "random", "taylor", "obd", "hrank")
 NEED_DATA = ("taylor", "obd", "hrank")
@@ -241,7 +240,8 @@ def calibration_of(how, data, machine):
 
 def amount(how):
     """What a way of pruning takes away, whatever ranks it, as a name."""
-    share = f"plan{how['plan']}" if how["plan"] else "_".join(f"{p:g}" for p in how["sparsity"])
+    share = (f"plan{how['plan']}" if how["plan"] else
+             "_".join(f"{p:g}" for p in np.ravel(how["sparsity"])))
     usual = "layer" if how["structure"] == "filters" else "global"
     return share + f"-{how['scope']}" * (how["scope"] != usual) + "-linear" * how["include_linear"]
 
@@ -286,22 +286,19 @@ def target_of(source, checkpoint, how):
 
 
 def main(argv=None):
-    flags = train.parser(__doc__, "[CHECKPOINT ...] ")
-    add = flags.add_argument_group("run").add_argument
-    add("checkpoint", nargs="*", metavar="CHECKPOINT", help="runs/shapes-resnet8-s0/dense.pt")
-    add("--seed", type=number(int, 0), default=0, help="of random and of the images (default 0)")
-    add = flags.add_argument_group("method").add_argument
-    add("--method", nargs="+", choices=METHODS, default=["magnitude", "random"], metavar="NAME",
+    flags, run, method = train.parser(__doc__, "[CHECKPOINT ...] ")
+    run("checkpoint", nargs="*", metavar="CHECKPOINT", help="runs/shapes-resnet8-s0/dense.pt")
+    run("--seed", type=number(int, 0), default=0, help="of random and of the images (default 0)")
+    method("--method", nargs="+", choices=METHODS, default=["magnitude", "random"], metavar="NAME",
         help=f"{' '.join(METHODS)} (default magnitude random)")
-    add("--structure", choices=("filters", "weights"), default="filters", help="default filters")
-    add("--sparsity", nargs="+", type=number(float, 0, 0.9999), metavar="P",
+    method("--structure", choices=("filters", "weights"), default="filters", help="default filters")
+    method("--sparsity", nargs="+", type=number(float, 0, 0.9999), metavar="P",
         help="share to remove (default 0.5); filters: one, or one for each stage")
-    add("--plan", choices=("A", "B", "C", "D", "I"), help="the paper's, for filters (default none)")
-    add("--scope", choices=("layer", "global"), help="of ranks (filters: layer, weights: global)")
-    add("--include-linear", action="store_true", help="weights: Linear layers too (default: no)")
-    add("--calibration-images", type=number(int, 1), default=640, metavar="N",
+    method("--plan", choices=("A", "B", "C", "D", "I"), help="the paper's (filters; default none)")
+    method("--scope", choices=("layer", "global"), help="default: filters layer, weights global")
+    method("--include-linear", action="store_true", help="weights: Linear layers too (default: no)")
+    method("--calibration-images", type=number(int, 1), default=640, metavar="N",
         help="for taylor, obd and hrank (default 640)")
-    train.machine_flags(flags)
     args = flags.parse_args(argv)
     hows = ways(args, flags)
     sources = args.checkpoint or [f"runs/shapes-resnet8-s0{'-dry' * args.dry_run}/dense.pt"]
@@ -312,10 +309,10 @@ def main(argv=None):
     for target, (checkpoint, how) in todo.items():
         pruned = prune(checkpoint, how, train.data_for(checkpoint, args, machine), machine)
         models.save(target, pruned)
-        say(f"Wrote {target}: test {pruned['test_accuracy']:.2f} %, before "
-            f"{checkpoint['test_accuracy']:.2f} %; {pruned['params']:,} parameters, "
-            f"{pruned['macs']:,} MACs")
-    say(f"Next: python retrain.py {' '.join(todo)}")
+        train.say(f"Wrote {target}: test {pruned['test_accuracy']:.2f} %, before "
+                  f"{checkpoint['test_accuracy']:.2f} %; {pruned['params']:,} parameters, "
+                  f"{pruned['macs']:,} MACs")
+    train.say(f"Next: python retrain.py {' '.join(todo)}")
 
 
 if __name__ == "__main__":

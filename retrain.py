@@ -14,7 +14,6 @@ one that was interrupted goes on after its last finished epoch.
 """
 import argparse
 import contextlib
-import datetime
 import glob
 import hashlib
 import itertools
@@ -39,7 +38,6 @@ import prune
 import schedules
 import train
 from schedules import Refused, number
-from train import say
 
 DEFAULT = ["finetune", "weight_rewind", "lr_rewind", "slr", "one_cycle"]
 EVERY = (*schedules.RETRAIN, "scratch_e", "scratch_b")
@@ -112,7 +110,7 @@ def settings_of(run, checkpoint, args, machine):
         **{key: getattr(args, key) if schedule in takers else None
            for key, takers in schedules.TAKE.items()},
         "batch_size": recipe["batch_size"], "weight_decay": recipe["weight_decay"],
-        "subset": recipe["subset"], "precision": "bf16" if machine.bf16 else "fp32"}
+        "subset": recipe["subset"], "precision": machine.precision}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     stem = os.path.basename(run.path)[:-3] + (f"--r{run.round}" if run.round > 1 else "")
     return settings, f"{stem}-{schedule}-t{run.epochs}-s{run.seed}-{digest}"
@@ -140,7 +138,7 @@ def retrain(run, args, machine):
     for curve, seconds in train.fit(
             network, data, schedule, {**settings, "data": checkpoint["settings"]["data"]},
             machine, target, masks, momentum):
-        say(f"{train.describe(curve, seconds, epochs)}  {name}")
+        train.say(f"{train.describe(curve, seconds, epochs)}  {name}")
     row = row_of(settings, checkpoint, curve, seconds, name, machine)
     models.save(target, {**checkpoint, "kind": "retrained", "row": row,
                          "model": network.state_dict(), "test_accuracy": row["test_accuracy"]})
@@ -247,7 +245,7 @@ def retrain_all(runs, args, machine):
             rows[folder] = read_rows(folder)
         for run, name in runs.items():
             if args.rounds == 1 and name in rows[os.path.dirname(run.path)]:
-                say(f"{name}: done already")
+                train.say(f"{name}: done already")
             else:
                 todo.append(run)
         jobs = args.jobs or (cores() if machine.device.type == "cpu" else 1)
@@ -268,9 +266,9 @@ def retrain_all(runs, args, machine):
                 write_rows(folder, rows[folder])
                 todo.append(run._replace(
                     round=number + 1, before=os.path.join(folder, name + ".pt")))
-                left = round((time.monotonic() - began) / done * (every - done))
-                say(f"{name}: test {row['test_accuracy']:.2f} %; {every - done} runs left, about "
-                    f"{datetime.timedelta(seconds=left)}")
+                left = (time.monotonic() - began) / done * (every - done) / 60
+                train.say(f"{name}: test {row['test_accuracy']:.2f} %; {every - done} runs left, "
+                          f"about {left:.1f} min")
     return failed
 
 
@@ -287,8 +285,7 @@ def cells(rows):
                 "test_accuracy": r["curve"][t - 1]["test_accuracy"]}
                for r in rows if r["schedule"] == "finetune" for t in budgets if t < r["budget"]]
     for row in shorter + rows:
-        shares = row["sparsity"] if isinstance(row["sparsity"], list) else [row["sparsity"]]
-        what = (f"{row['structure']} {prune.amount({**row, 'sparsity': shares})}"
+        what = (f"{row['structure']} {prune.amount(row)}"
                 + f" round {row['round']}" * (row["round"] > 1)) if row["removed"] else "nothing"
         arm = (row["schedule"] + (f"/lr={row['lr']:g}" if row["lr"] is not None else "")
                + (f"/end={row['end_lr']:g}" if row["end_lr"] is not None else "")
@@ -450,32 +447,29 @@ def runs_of(args, machine):
             if schedule == "weight_rewind":
                 rewound(run, checkpoint)
         if max(budgets) >= recipe["epochs"]:
-            say(f"{path}: T = {recipe['epochs']}; with as many epochs or more, lr_rewind and "
-                "weight_rewind start the dense run over")
+            train.say(f"{path}: T = {recipe['epochs']}; with as many epochs or more, lr_rewind and "
+                      "weight_rewind start the dense run over")
     if not runs:
         raise Refused(f"{default}: no pruned checkpoint is there; run prune.py first, or name one")
     return runs
 
 
 def main(argv=None):
-    flags = train.parser(__doc__, "[PRUNED ...] ")
-    add = flags.add_argument_group("run").add_argument
-    add("checkpoint", nargs="*", metavar="PRUNED", help="default: all of the default run")
-    add("--seed", nargs="+", type=number(int, 0), default=[0, 1, 2], help="default 0 1 2")
-    add("--jobs", type=number(int, 1), help="runs at once (default: cores; on a GPU 1)")
-    add("--report", nargs="+", metavar="DIR", help="only print the report again, from the rows")
-    add = flags.add_argument_group("method").add_argument
-    add("--schedule", nargs="+", choices=EVERY, default=DEFAULT, metavar="NAME",
+    flags, run, method = train.parser(__doc__, "[PRUNED ...] ")
+    run("checkpoint", nargs="*", metavar="PRUNED", help="default: all of the default run")
+    run("--seed", nargs="+", type=number(int, 0), default=[0, 1, 2], help="default 0 1 2")
+    run("--jobs", type=number(int, 1), help="runs at once (default: cores; on a GPU 1)")
+    run("--report", nargs="+", metavar="DIR", help="only print the report again, from the rows")
+    method("--schedule", nargs="+", choices=EVERY, default=DEFAULT, metavar="NAME",
         help=f"{' '.join(EVERY)} (default {' '.join(DEFAULT)})")
-    add("--epochs", nargs="+", type=number(int, 1), metavar="t",
+    method("--epochs", nargs="+", type=number(int, 1), metavar="t",
         help="budgets (default: the recipe's share of T, a quarter for CIFAR)")
-    add("--lr", type=number(float, 1e-9), help="in place of LR_max (default: the dense run's)")
-    add("--end-lr", type=number(float, 0), help="the last one, but of slr (default: as published)")
-    add("--cycle-momentum", action=argparse.BooleanOptionalAction, default=True,
+    method("--lr", type=number(float, 1e-9), help="in place of LR_max (default: the dense run's)")
+    method("--end-lr", type=number(float, 0), help="the last, but of slr (default: as published)")
+    method("--cycle-momentum", action=argparse.BooleanOptionalAction, default=True,
         help="of one_cycle (default: yes, as published)")
-    add("--rounds", type=number(int, 1), default=1, metavar="K",
+    method("--rounds", type=number(int, 1), default=1, metavar="K",
         help="retrain and prune by as much again, K times (default 1)")
-    train.machine_flags(flags)
     args = flags.parse_args(argv)
     for key, takers in schedules.TAKE.items():
         if getattr(args, key) != flags.get_default(key) and not set(takers) & set(args.schedule):
@@ -491,7 +485,7 @@ def main(argv=None):
         folders = dict.fromkeys(os.path.dirname(run.path) for run in runs)
     rows = [row for folder in folders for row in read_rows(folder).values()]
     if rows:
-        say(report(rows))
+        train.say(report(rows))
     elif args.report:
         flags.error(f"argument --report: no finished runs in {' '.join(folders)}")
     if failed:

@@ -527,6 +527,7 @@ def test_the_loop_is_plain_sgd_and_goes_on_where_it_was_left(tmp_path, sparsity)
                      by_torch(dense, data, at, 3))
     assert [(p["train_loss"], p["train_accuracy"]) for p in curve] == wanted
     assert [(p["epoch"], p["lr"]) for p in curve] == [(e + 1, at(3 * e)[0]) for e in range(3)]
+    assert train.describe(curve, 90, 12).endswith(" %  4.5 min left")
     for conv, name in convs:
         torch_prune.remove(conv, name)
     for name, value in network.state_dict().items():
@@ -594,13 +595,13 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
 def test_bf16_keeps_weights_statistics_and_loss_in_float32():
     losses, kinds = [], []
     (x, y), = train.train_batches(tiny_data(32), 0, 0, 32, CPU)
-    for bf16 in (False, True):
+    for precision in ("fp32", "bf16"):
         network = models.build("resnet8", 10)
         network.layer1[0].conv1.register_forward_hook(lambda m, i, out: kinds.append(out.dtype))
         optimizer = train.optimizer_of(network, 1e-4)
         optimizer.param_groups[0]["lr"] = 0.01
         losses.append(torch.stack([train.train_step(
-            network, optimizer, x, y, CPU._replace(bf16=bf16))[0] for _ in range(3)]))
+            network, optimizer, x, y, CPU._replace(precision=precision))[0] for _ in range(3)]))
     kept = [*network.state_dict().values(), losses[1], *optimizer.state[network.fc.bias].values()]
     assert {t.dtype for t in kept if t.is_floating_point()} == {torch.float32}
     assert kinds == 3 * [torch.float32] + 3 * [torch.bfloat16]
@@ -796,7 +797,7 @@ def test_rounds_prune_and_retrain_in_one_call(tmp_path):
         zero = sum((v == 0).sum().item() for v in model.values() if v.dim() == 4)
         assert (row["round"], row["sparsity"], zero) == (k, 1 - 0.5 ** k, 74160 * (1 - 0.5 ** k))
     out = ok(*command(tmp_path, "slr", "filters", "--rounds", 2))
-    assert re.findall(r"; (\d) runs left", out) == ["1", "0"]
+    assert re.findall(r"; (\d) runs left, about \d+\.\d min", out) == ["1", "0"]
     one, two = (models.read(run / f"{n}.pt")["kept"] for n in [*read_rows(run)][3:])
     assert all(len(two[c]) == len(k) // 2 and set(two[c].tolist()) < {*k.tolist()}
                for c, k in one.items())

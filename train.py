@@ -13,7 +13,6 @@ so going on needs nothing but the tensors and the curve so far.
 import argparse
 import contextlib
 import ctypes
-import datetime
 import functools
 import hashlib
 import math
@@ -43,7 +42,6 @@ RECIPES = {
     "cifar10": CIFAR, "cifar100": CIFAR, "folder": CIFAR,
     "imagenet": {**CIFAR, "epochs": 90, "batch_size": 256, "milestones": [30, 60], "retrain": 45},
 }
-TINY = {"subset": 16, "test_subset": 16, "batch_size": 8}       # what --dry-run makes of a recipe
 # The authors' normalisation; the std is not the per-pixel one (0.2470, 0.2435, 0.2616), kept as
 # theirs.
 CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -118,8 +116,7 @@ def train_step(forward, optimizer, x, y, machine, masks=None):
     optimizer.step()
     optimizer.zero_grad()
     if masks:                                  # pruned weights: back to exactly 0, all in one call
-        with torch.no_grad():
-            torch._foreach_mul_(*masks)
+        torch._foreach_mul_(*masks)
     return loss.detach(), (out.detach().argmax(1) == y).sum()
 
 
@@ -179,7 +176,7 @@ def describe(curve, seconds, epochs):
     point, left = curve[-1], seconds / len(curve) * (epochs - len(curve))
     return (f"{point['epoch']:4d}/{epochs}  lr {point['lr']:<9.4g} loss {point['train_loss']:.4f}  "
             f"train {point['train_accuracy']:5.2f} %  test {point['test_accuracy']:5.2f} %  "
-            f"{datetime.timedelta(seconds=round(left))} left")
+            f"{left / 60:.1f} min left")
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -430,14 +427,14 @@ def data_for(checkpoint, args, machine):
 class Machine(NamedTuple):
     """Where and how a run computes."""
     device: torch.device
-    bf16: bool = False      # autocast to bfloat16; weights, BN statistics and loss stay float32
+    precision: str = "fp32"     # bf16: autocast; weights, BN statistics and loss stay float32
     compile: bool = False
     workers: int = 0
     rank: int = 0
     world: int = 1
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def the_machine(args):
@@ -458,9 +455,8 @@ def the_machine(args):
     torch.backends.cudnn.benchmark = cuda
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    bf16 = (args.precision == "bf16" if args.precision
-            else cuda and torch.cuda.is_bf16_supported(including_emulation=False))
-    return Machine(device, bf16, args.compile, args.workers, rank, world)
+    usual = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return Machine(device, args.precision or usual, args.compile, args.workers, rank, world)
 
 
 def provenance(device):
@@ -512,7 +508,8 @@ def the_recipe(args):
                "dataset": args.dataset, "arch": args.arch, "seed": args.seed, "subset": args.subset,
                "test_subset": None, "pretrained": args.pretrained}
     if args.dry_run:
-        recipe |= {**TINY, "epochs": min(recipe["epochs"], 2)}
+        recipe |= {"subset": 16, "test_subset": 16, "batch_size": 8,
+                   "epochs": min(recipe["epochs"], 2)}
     total, step = recipe["epochs"], recipe["schedule"] == "step"
     if args.milestones is None:
         scaled = {max(1, m * total // base["epochs"]) for m in base["milestones"]}
@@ -532,7 +529,7 @@ def train(args, machine):
         models.build(args.arch, 10, seed=None)       # refuses unknown names before data are loaded
     data = load_data(args.dataset, data_dir, recipe["subset"], recipe["test_subset"],
                      machine.device)
-    settings = {**recipe, "precision": "bf16" if machine.bf16 else "fp32", "data": data.fingerprint}
+    settings = {**recipe, "precision": machine.precision, "data": data.fingerprint}
     network = models.build(args.arch, data.classes, args.seed, args.pretrained)
     try:
         parameters, macs = models.count(network, data.side)
@@ -569,21 +566,21 @@ def train(args, machine):
 # ---- the command line ----------------------------------------------------------------------------
 
 def parser(doc, files=""):
-    return argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False,
-                                   usage=f"%(prog)s {files}[flags]")
-
-
-def machine_flags(flags):
-    """The flags with which train.py, prune.py and retrain.py say where and how to compute."""
+    """A script's ArgumentParser, which has the flags that say where and how to compute; and the
+    functions that add flags to its groups `run` and `method`."""
+    flags = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False,
+                                    usage=f"%(prog)s {files}[flags]")
+    run, method, add = (flags.add_argument_group(name).add_argument
+                        for name in ("run", "method", "machine"))
     gpu = torch.accelerator.current_accelerator() if torch.accelerator.device_count() else None
     devices = [gpu.type, "cpu"] if gpu else ["cpu"]
-    add = flags.add_argument_group("machine").add_argument
     add("--data-dir", help="the images (default: data, or as in the checkpoint)")
     add("--device", choices=devices, default=devices[0], help=f"default {devices[0]}")
     add("--precision", choices=("bf16", "fp32"), help="default bf16 on a CUDA GPU with it, or fp32")
     add("--compile", action="store_true", help="use torch.compile (default: off)")
     add("--workers", type=number(int, 0, 256), default=2, help="to decode large images (default 2)")
     add("--dry-run", action="store_true", help="16 images, in runs/…-dry: seconds (default: off)")
+    return flags, run, method
 
 
 def command(main):
@@ -608,24 +605,22 @@ def command(main):
 
 
 def main(argv=None):
-    flags = parser(__doc__)
-    add = flags.add_argument_group("run").add_argument
-    add("--dataset", choices=RECIPES, default="shapes", help="default shapes, which are generated")
-    add("--arch", default="resnet8", help="resnet8, 20 …, 18, 34, 50, vgg16 (default resnet8)")
-    add("--seed", type=number(int, 0), default=0, help="default 0")
-    add("--subset", type=number(int, 1), help="train on a class-balanced part (default: all)")
-    add("--out", metavar="DIR", help="default: runs/<dataset>-<arch>-s<seed>")
-    add("--pretrained", action="store_true", help="torchvision's V1 weights (default: fresh ones)")
-    add("--evaluate", metavar="CHECKPOINT", help="only evaluate this file (default: train)")
-    add = flags.add_argument_group("method (default: the data set's recipe)").add_argument
-    add("--epochs", type=number(int, 0), help="T (0: keep the --pretrained weights)")
-    add("--batch-size", type=number(int, 2))
-    add("--schedule", choices=schedules.DENSE)
-    add("--milestones", type=number(int, 1), nargs="*", help="epochs of its x0.1 drops (step)")
-    add("--lr", type=number(float, 1e-9), help="its largest value, LR_max")
-    add("--momentum", type=number(float, 0, 0.9999))
-    add("--weight-decay", type=number(float, 0))
-    machine_flags(flags)
+    flags, run, method = parser(__doc__)
+    run("--dataset", choices=RECIPES, default="shapes", help="default shapes, which are generated")
+    run("--arch", default="resnet8", help="resnet8, 20 …, 18, 34, 50, vgg16 (default resnet8)")
+    run("--seed", type=number(int, 0), default=0, help="default 0")
+    run("--subset", type=number(int, 1), help="train on a class-balanced part (default: all)")
+    run("--out", metavar="DIR", help="default: runs/<dataset>-<arch>-s<seed>")
+    run("--pretrained", action="store_true", help="torchvision's V1 weights (default: fresh ones)")
+    run("--evaluate", metavar="CHECKPOINT", help="only evaluate this file (default: train)")
+    method("--epochs", type=number(int, 0), help="T (0: keep the --pretrained weights); "
+           "default, as for all of these: the data set's recipe")
+    method("--batch-size", type=number(int, 2))
+    method("--schedule", choices=schedules.DENSE)
+    method("--milestones", type=number(int, 1), nargs="*", help="epochs of its x0.1 drops (step)")
+    method("--lr", type=number(float, 1e-9), help="its largest value, LR_max")
+    method("--momentum", type=number(float, 0, 0.9999))
+    method("--weight-decay", type=number(float, 0))
     args = flags.parse_args(argv)
     if args.epochs == 0 and not args.pretrained:
         flags.error("argument --epochs: 0 needs --pretrained")
