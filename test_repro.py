@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import sys
 import tempfile
 import threading
@@ -608,19 +609,6 @@ def test_bf16_keeps_weights_statistics_and_loss_in_float32():
     torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0.02)
 
 
-def made_up(method, schedule, accuracies, budget=4, **more):
-    same = {"dataset": "cifar10", "arch": "resnet56", "plan": "B", "structure": "filters",
-            "scope": "layer", "sparsity": None, "round": 1, "include_linear": False, "lr": None,
-            "end_lr": None, "cycle_momentum": None, "dense": "d", "pruning_seed": 0,
-            "dense_test_accuracy": 93.0, "removed": 0.5, "params": 25, "dense_params": 100,
-            "macs": 10, "dense_macs": 40, "nonzero": 25, "seconds": 60.0, "device": "cpu",
-            "threads": 1, "precision": "fp32", "torch": "2", "commit": "c"}
-    return [{**same, "method": method, "schedule": schedule, "budget": budget, "seed": seed,
-             "test_accuracy": a, "curve": [{"lr": 0.1 ** e, "test_accuracy": a - budget + e}
-                                           for e in range(1, budget + 1)], **more}
-            for seed, a in enumerate(accuracies)]
-
-
 def test_verdicts():
     angle = np.linspace(0, np.pi / 2, 100_001)                      # t = √f tan(angle), f degrees
     for f, quantile in enumerate(retrain.STUDENT, 1):
@@ -636,45 +624,6 @@ def test_verdicts():
         found = retrain.verdict([mean - sd, mean, mean + sd], relation)
         assert found.startswith(words) and found.endswith("], n=3")
     assert retrain.verdict([.5, .5], ">") == "not decided +0.50, n=2"
-
-
-def test_the_report_to_the_digit():
-    rows = [*made_up("l1", "finetune", [92.5, 90]), *made_up("l1", "one_cycle", [93.1]),
-            *made_up("random", "one_cycle", [92.9]), *made_up("random", "slr", [92.8]),
-            *made_up("l1", "finetune", [91], 2), *made_up("l1", "finetune", [1], 8, dense="e"),
-            *made_up("l1", "one_cycle", [5], 8), *made_up("l1", "finetune", [2], 8, pruning_seed=1),
-            *made_up("l1", "one_cycle", [92.9], lr=.2, end_lr=0., cycle_momentum=False),
-            *made_up("l1", "one_cycle", [50, 60], removed=0), *made_up("l1", "scratch", [9], 8),
-            *made_up("l1", "slr", [90], structure="weights", plan=None, sparsity=.5, round=2,
-                     include_linear=True, macs=40, nonzero=20)]
-    text = retrain.report(rows)
-    for line in (
-            "| parameters, MACs left | 25%, 25% | 25%, 25% | 25%, 25% | 25%, 25% |",
-            "| `dense` |" + 3 * " 93.00 ± 0.00 (+0.00, n=2) |" + " 93.00 (+0.00, n=1) |",
-            "| `one_cycle/unpruned` |" + 2 * " – | 55.00 ± 7.07 (-38.00, n=2) |",
-            "| resnet56 on cifar10, pruned: weights 0.5-layer-linear round 2 | l1, t=4 |",
-            "| parameters, MACs left | 20%, 100% |", "| `slr` | 90.00 (-3.00, n=1) |",
-            "l1, t=8: -5.50 to 5.00", "l1, t=4: 87.00 to 90.00",                # without scratch
-            "  slr " + "".join(15 * block for block in "▁▃▆█") + " 90.00 90.00"):
-        assert line in text.split("\n"), (line, text)
-    found = re.findall(r"^\| claim (?:.+\n)+", text, re.M)       # paired; and only what was run
-    assert re.sub(r"not decided | \[.*?\]|, n=1", "", "\n".join(found)) == """\
-| claim | l1, t=2 | l1, t=4 | l1, t=8 | random, t=4 |
-| --- | --- | --- | --- | --- |
-| `one_cycle > finetune` | – | +0.60 | – | – |
-| `one_cycle > slr` | – | – | – | +0.10 |
-| `finetune <= finetune/first` | – | **no** +1.88, n=4 | +6.00, n=2 | – |
-| `one_cycle > dense` | – | +0.10 | -88.00 | -0.10 |
-| `dense > finetune` | +50.50, n=4 | +48.62, n=4 | +91.50, n=2 | – |
-| `one_cycle/random > finetune` | – | +0.40 | – | – |
-| `one_cycle > one_cycle/random` | – | +0.20 | – | – |
-| `one_cycle > one_cycle/unpruned` | – | +43.10 | – | +42.90 |
-| `one_cycle/lr=0.2/end=0/flat-momentum > one_cycle` | – | -0.20 | – | – |
-
-| claim | l1, t=4 |
-| --- | --- |
-| `one_cycle > dense` | -38.00, n=2 |
-"""
 
 
 def dry_runs(folder):
@@ -797,6 +746,7 @@ def test_rounds_prune_and_retrain_in_one_call(tmp_path):
         zero = sum((v == 0).sum().item() for v in model.values() if v.dim() == 4)
         assert (row["round"], row["sparsity"], zero) == (k, 1 - 0.5 ** k, 74160 * (1 - 0.5 ** k))
     out = ok(*command(tmp_path, "slr", "filters", "--rounds", 2))
+    assert "pruned: filters 0.5 round 2 |" in out and "pruned: weights 0.875 round 3 |" in out
     assert re.findall(r"; (\d) runs left, about \d+\.\d min", out) == ["1", "0"]
     one, two = (models.read(run / f"{n}.pt")["kept"] for n in [*read_rows(run)][3:])
     assert all(len(two[c]) == len(k) // 2 and set(two[c].tolist()) < {*k.tolist()}
@@ -1118,9 +1068,31 @@ def test_readme_holds_the_numbers_of_the_rows():
     assert {*re.findall(r"\d+\.\d\d", section)} <= {*re.findall(r"\d+\.\d\d", text)}
     parts = re.findall(r"^\| (?:.+\n)+|^magnitude, t=11: .*\n(?:  .+\n)+", text, re.M)
     assert len(parts) == 12 and all(part in section for part in parts[:3] + parts[6::3])
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-    assert f"(SHA-256 {digest[:8]})" in README               # every digit of the rows, shown or not
+    for what, said in ((b"".join(path.read_bytes() for path in paths), "rows"),
+                       (text.encode(), "report")):           # every digit of both, shown or not
+        assert f"{hashlib.sha256(what).hexdigest()[:8]} the {said}" in section
     assert all(row["test_accuracy"] == row["curve"][-1]["test_accuracy"] for row in rows)
+    # The numbers themselves: means by `statistics`, differences paired by the dense seed.
+    found = {}
+    for r in rows:
+        if (r["structure"], r["budget"], r["end_lr"]) == ("filters", 11, None) and (
+                r["cycle_momentum"] is not False):
+            arm = r["schedule"], r["removed"] and r["method"], r["sparsity"]
+            found.setdefault(arm, {})[r["seed"]] = r["test_accuracy"]
+    headline = [line.split(" | ") for line in parts[0].splitlines()]
+    for name, *cells in headline[4:9]:
+        for method, cell in zip(("magnitude", "random"), cells[1::2]):
+            values = [*found[name[3:-1], method, 0.5].values()]
+            sd = f" ± {statistics.stdev(values):.2f}" if values[1:] else ""
+            assert cell.startswith(f"{statistics.mean(values):.2f}{sd} (") and (
+                f", n={len(values)})" in cell)
+    large, small, dense_large, dense_small = (found[key] for key in (
+        ("one_cycle", "random", 0.5), ("finetune", "random", 0.5), ("one_cycle", 0, 0),
+        ("finetune", 0, 0)))
+    beyond = statistics.mean(large[s] - small[s] - dense_large[s] + dense_small[s]
+                             for s in {*large} & {*dense_large} & {*dense_small})
+    claim, = (line for line in parts[1].splitlines() if line.startswith("| `one_cycle - "))
+    assert f" {beyond:+.2f}" in claim.rsplit("|", 2)[1]
 
 
 def test_readme_networks_are_of_use_elsewhere(dry, monkeypatch):
