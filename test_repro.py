@@ -624,6 +624,7 @@ def test_verdicts():
         found = retrain.verdict([mean - sd, mean, mean + sd], relation)
         assert found.startswith(words) and found.endswith("], n=3")
     assert retrain.verdict([.5, .5], ">") == "not decided +0.50, n=2"
+    assert retrain.verdict([0, 1] * 9, ">") == "**yes** +0.50 [+0.23, +0.77], n=18"
 
 
 def dry_runs(folder):
