@@ -942,8 +942,13 @@ def test_two_workers_and_a_killed_parent_end_with_the_rows_of_one_process(others
     monkeypatch.setattr(retrain, "cores", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(
         torch, "get_num_threads", lambda: n))
+    monkeypatch.setattr(train, "the_machine", lambda args, real=train.the_machine: (
+        setattr(retrain, "place", os.environ.get("LOCAL_RANK")), real(args))[1])
+    monkeypatch.setattr(train, "provenance", lambda device, real=train.provenance: (
+        real(device) | {"device": retrain.place}))              # and a GPU by its number
     ok(*four_runs(folder / "killed", 2), "--epochs", 1)
-    assert [r["threads"] for r in read_rows(folder / "killed/run").values()][4:] == 4 * [2]
+    rows = [*read_rows(folder / "killed/run").values()][4:]
+    assert all(r["threads"] == 2 and r["device"] for r in rows) and len(rows) == 4
     with nth(retrain, "write_rows", 0, fails):              # ends the workers and what is to come
         assert "No space" in call(*four_runs(folder / "killed", 2), "--epochs", 7)[2]
     assert len([*folder.glob("killed/run/*-t7-*.pt")]) < 4
