@@ -239,7 +239,9 @@ def test_tails_stretches_and_drops():
         values, warmup = lrs("slr", t, recipe=recipe), int(0.1 * t)
         drops = [e for e in range(warmup + 1, t) if values[e] < values[e - 1] / 2]
         assert drops == [warmup + int(share * t) for share in shares]
-    assert lrs("slr", 40, 3, {**CIFAR, "schedule": "cosine"})[3 * 22] == pytest.approx(0.05)
+    recipe = {**CIFAR, "schedule": "cosine"}
+    assert lrs("slr", 40, 3, recipe)[3 * 22] == pytest.approx(0.05)
+    assert lrs("slr", 19, recipe=recipe)[-1:] == lrs("finetune", 1, recipe=recipe)
 
 
 @pytest.mark.parametrize("name, epochs, steps, recipe, more, wanted", [
