@@ -290,15 +290,15 @@ def main(argv=None):
     run("checkpoint", nargs="*", metavar="CHECKPOINT", help="runs/shapes-resnet8-s0/dense.pt")
     run("--seed", type=number(int, 0), default=0, help="of random and of the images (default 0)")
     method("--method", nargs="+", choices=METHODS, default=["magnitude", "random"], metavar="NAME",
-        help=f"{' '.join(METHODS)} (default magnitude random)")
+           help=f"{' '.join(METHODS)} (default magnitude random)")
     method("--structure", choices=("filters", "weights"), default="filters", help="default filters")
     method("--sparsity", nargs="+", type=number(float, 0, 0.9999), metavar="P",
-        help="share to remove (default 0.5); filters: one, or one for each stage")
+           help="share to remove (default 0.5); filters: one, or one for each stage")
     method("--plan", choices=("A", "B", "C", "D", "I"), help="the paper's (filters; default none)")
     method("--scope", choices=("layer", "global"), help="default: filters layer, weights global")
     method("--include-linear", action="store_true", help="weights: Linear layers too (default: no)")
     method("--calibration-images", type=number(int, 1), default=640, metavar="N",
-        help="for taylor, obd and hrank (default 640)")
+           help="for taylor, obd and hrank (default 640)")
     args = flags.parse_args(argv)
     hows = ways(args, flags)
     sources = args.checkpoint or [f"runs/shapes-resnet8-s0{'-dry' * args.dry_run}/dense.pt"]

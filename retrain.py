@@ -461,15 +461,15 @@ def main(argv=None):
     run("--jobs", type=number(int, 1), help="runs at once (default: cores; on a GPU 1)")
     run("--report", nargs="+", metavar="DIR", help="only print the report again, from the rows")
     method("--schedule", nargs="+", choices=EVERY, default=DEFAULT, metavar="NAME",
-        help=f"{' '.join(EVERY)} (default {' '.join(DEFAULT)})")
+           help=f"{' '.join(EVERY)} (default {' '.join(DEFAULT)})")
     method("--epochs", nargs="+", type=number(int, 1), metavar="t",
-        help="budgets (default: the recipe's share of T, a quarter for CIFAR)")
+           help="budgets (default: the recipe's share of T, a quarter for CIFAR)")
     method("--lr", type=number(float, 1e-9), help="in place of LR_max (default: the dense run's)")
     method("--end-lr", type=number(float, 0), help="the last, but of slr (default: as published)")
     method("--cycle-momentum", action=argparse.BooleanOptionalAction, default=True,
-        help="of one_cycle (default: yes, as published)")
+           help="of one_cycle (default: yes, as published)")
     method("--rounds", type=number(int, 1), default=1, metavar="K",
-        help="retrain and prune by as much again, K times (default 1)")
+           help="retrain and prune by as much again, K times (default 1)")
     args = flags.parse_args(argv)
     for key, takers in schedules.TAKE.items():
         if getattr(args, key) != flags.get_default(key) and not set(takers) & set(args.schedule):

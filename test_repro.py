@@ -942,14 +942,15 @@ def test_two_workers_and_a_killed_parent_end_with_the_rows_of_one_process(others
         out = ok(*four_runs(folder / "killed", 2))
     assert re.findall(r" (\d) runs left", out)[-2:] == ["1", "0"]
     assert content(folder / "killed/run") == undisturbed(four_runs, 1)
+    place = []
     monkeypatch.delenv("OMP_NUM_THREADS")                   # then each worker takes its share
     monkeypatch.setattr(retrain, "cores", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(
         torch, "get_num_threads", lambda: n))
     monkeypatch.setattr(train, "the_machine", lambda args, real=train.the_machine: (
-        setattr(retrain, "place", os.environ.get("LOCAL_RANK")), real(args))[1])
+        place.append(os.environ.get("LOCAL_RANK")), real(args))[1])
     monkeypatch.setattr(train, "provenance", lambda device, real=train.provenance: (
-        real(device) | {"device": retrain.place}))              # and a GPU by its number
+        real(device) | {"device": place[-1]}))                  # and a GPU by its number
     ok(*four_runs(folder / "killed", 2), "--epochs", 1)
     rows = [*read_rows(folder / "killed/run").values()][4:]
     assert all(r["threads"] == 2 and r["device"] for r in rows) and len(rows) == 4
@@ -1103,6 +1104,23 @@ def test_readme_holds_the_numbers_of_the_rows():
                              for s in {*large} & {*dense_large} & {*dense_small})
     claim, = (line for line in parts[1].splitlines() if line.startswith("| `one_cycle - "))
     assert f" {beyond:+.2f}" in claim.rsplit("|", 2)[1]
+
+
+def test_the_report_names_what_the_study_has_not():
+    row = next(r for r in read_rows(HERE / ".results/resnet20-s0").values()
+               if (r["schedule"], r["method"], r["budget"]) == ("one_cycle", "magnitude", 11))
+    other = {"lr": .2, "end_lr": 0., "cycle_momentum": False, "test_accuracy": 80.0}
+    text = retrain.report([row, row | other, row | {"schedule": "scratch"}, row | {
+        "plan": "B", "sparsity": None}, row | {"sparsity": [.1, .2]}, row | {
+        "structure": "weights", "scope": "layer", "include_linear": True, "round": 2}])
+    for line in (
+            "| `one_cycle/lr=0.2/end=0/flat-momentum` | 80.00 (-4.79, n=1) |",
+            "| `one_cycle/lr=0.2/end=0/flat-momentum > one_cycle` | not decided -4.51, n=1 |",
+            "| `scratch` | 84.51 (-0.28, n=1) |", *(
+                f"| resnet20 on folder, pruned: {what} | magnitude, t=11 |" for what in (
+                    "filters planB", "filters 0.1_0.2", "weights 0.5-layer-linear round 2"))):
+        assert line in text.split("\n"), (line, text)
+    assert "  one_cycle/lr" in text and "  scratch" not in text          # from so low that it hides
 
 
 def test_readme_networks_are_of_use_elsewhere(dry, monkeypatch):
