@@ -453,6 +453,7 @@ def the_machine(args):
             ctypes.CDLL(None).mallopt(parameter, value)
     cuda = device.type == "cuda"
     torch.backends.cudnn.benchmark = cuda
+    torch.backends.cudnn.allow_tf32 = False                 # fp32 is fp32: torch's default is tf32
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
     usual = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
