@@ -331,6 +331,7 @@ CLAIMS = (
     "lr_rewind > finetune", "slr > finetune", "slr = lr_rewind",       # the rate, not the rewinding
     "one_cycle > finetune", "one_cycle > lr_rewind", "one_cycle > weight_rewind", "one_cycle > slr",
     "finetune <= finetune/first",                       # more epochs do not help a small rate
+    "one_cycle/first > finetune",                       # nor do they replace a large one
     "one_cycle > dense", "dense > finetune",            # only a large rate recovers all accuracy
     "one_cycle/random > finetune",                      # the schedule matters more than the method
     "one_cycle > one_cycle/random",                     # which matters still, but less:
