@@ -51,13 +51,9 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        width = 16
-        for stage, out in enumerate((16, 32, 64), 1):
-            blocks = []
-            for _ in range((depth - 2) // 6):
-                blocks.append(BasicBlock(width, out))
-                width = out
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+        for stage, width, out in ((1, 16, 16), (2, 16, 32), (3, 32, 64)):
+            others = (BasicBlock(out, out) for _ in range((depth - 8) // 6))
+            self.add_module(f"layer{stage}", nn.Sequential(BasicBlock(width, out), *others))
         self.fc = nn.Linear(64, classes)
 
     def forward(self, x):
@@ -167,9 +163,8 @@ def prunable(network):
         for name, module in network.named_modules():
             inner = {"BasicBlock": 1, "Bottleneck": 2}.get(type(module).__name__)
             if inner:
-                stage = int(re.match(r"layer(\d+)", name)[1])
-                units += [Unit(f"{name}.conv{i}", f"{name}.bn{i}", f"{name}.conv{i + 1}", stage,
-                               number + i) for i in range(1, inner + 1)]
+                units += [Unit(f"{name}.conv{i}", f"{name}.bn{i}", f"{name}.conv{i + 1}",
+                               int(name[5]), number + i) for i in range(1, inner + 1)]
                 number += inner + 1
     elif isinstance(network, VGG16):
         layers = [(i, m) for i, m in enumerate(network) if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -190,15 +185,11 @@ def shrink(state, units, keep):
 
     keep: {conv name: int64 tensor of the filters that stay, ascending}. Names that `state` lacks
     are passed over, so a dict of momentum buffers is cut by the same call. Returns a new dict."""
-    state = dict(state)
     for unit in units:
         rows = keep.get(unit.conv, slice(None))
-        for key in (f"{unit.conv}.weight",
-                    *(f"{unit.bn}.{v}" for v in ("weight", "bias", "running_mean", "running_var"))):
-            if key in state:
-                state[key] = state[key][rows]
-        if f"{unit.reader}.weight" in state:
-            state[f"{unit.reader}.weight"] = state[f"{unit.reader}.weight"][:, rows]
+        stay = {f"{unit.conv}.weight": rows, f"{unit.reader}.weight": (slice(None), rows), **{
+            f"{unit.bn}.{v}": rows for v in ("weight", "bias", "running_mean", "running_var")}}
+        state = {name: v[stay[name]] if name in stay else v for name, v in state.items()}
     return state
 
 

@@ -5,15 +5,13 @@
     python prune.py runs/cifar10-resnet56-s0/dense.pt --plan B   # the paper's PFEC-B
     python prune.py DENSE.pt --structure weights --sparsity 0.9 --method magnitude taylor obd
 
-A network in memory: small = prune.shrunk(network, sparsity=0.5).
-
 Filters are removed physically: the network becomes smaller and computes what the masked original
 computes. Weights are set to 0 and stay 0 in retraining. A pruned or retrained checkpoint can be
 pruned again; weight sparsity counts what is already zero. Every criterion is a score (`saliency`);
 what is kept follows from the scores in one place (`keep_filters`, `weight_masks`).
 """
+import contextlib
 import copy
-import math
 import os
 
 import numpy as np
@@ -57,21 +55,6 @@ def gradient_scores(network, names, term, x, y, batch):
     return totals
 
 
-def rank_scores(network, units, x):
-    """HRank (Lin 2020): mean over images of the rank of each feature map, after BN and ReLU."""
-    totals, hooks = {u.conv + ".weight": 0.0 for u in units}, []
-    for unit in units:
-        def note(_, __, output, name=unit.conv + ".weight"):
-            totals[name] = totals[name] + torch.linalg.matrix_rank(F.relu(output)).sum(0) / len(x)
-        hooks.append(network.get_submodule(unit.bn).register_forward_hook(note))
-    with torch.no_grad():
-        for images in x.split(64):
-            network(images)
-    for hook in hooks:
-        hook.remove()
-    return totals
-
-
 def saliency(network, method, structure, names, seed, calibration=None):
     """The importance of every filter, or weight, of the tensors `names`: {name: scores}.
 
@@ -82,7 +65,7 @@ def saliency(network, method, structure, names, seed, calibration=None):
                  (Molchanov 2019)
       obd        h*w^2/2, h the empirical Fisher diagonal: the mean of g^2 over single images
                  (LeCun 1990)
-      hrank      filters only: see `rank_scores`
+      hrank      filters only: mean rank of the feature map after BN and ReLU (Lin 2020)
     calibration: (images, labels) for the methods in NEED_DATA, as the network takes them."""
     def reduce(values):
         return values.flatten(1).sum(1) if structure == "filters" else values
@@ -93,12 +76,19 @@ def saliency(network, method, structure, names, seed, calibration=None):
         return {n: torch.from_numpy(draw.random(reduce(network.get_parameter(n).detach()).shape))
                 for n in names}
     if method == "taylor":
-        return gradient_scores(network, names, lambda gw: reduce(gw) ** 2, *calibration, batch=64)
+        return gradient_scores(network, names, lambda gw: reduce(gw) ** 2, *calibration, 64)
     if method == "obd":
-        return gradient_scores(network, names, lambda gw: reduce(gw ** 2 / 2), *calibration,
-                               batch=1)
-    ranked = [u for u in models.prunable(network) if u.conv + ".weight" in names]
-    return rank_scores(network, ranked, calibration[0])
+        return gradient_scores(network, names, lambda gw: reduce(gw ** 2 / 2), *calibration, 1)
+    ranks, (x, _) = {}, calibration
+    with torch.no_grad(), contextlib.ExitStack() as hooks:
+        for unit in models.prunable(network):
+            def note(_, __, output, name=unit.conv + ".weight"):
+                found = torch.linalg.matrix_rank(F.relu(output)).sum(0) / len(x)
+                ranks[name] = ranks.get(name, 0.0) + found
+            hooks.enter_context(network.get_submodule(unit.bn).register_forward_hook(note))
+        for images in x.split(64):
+            network(images)
+    return ranks
 
 
 # ---- what to keep --------------------------------------------------------------------------------
@@ -115,10 +105,9 @@ def filters_to_keep(network, shares, skipped=()):
     stages = units[-1].stage
     if len(shares) not in (1, stages):
         raise Refused(f"argument --sparsity: {len(shares)} values; give 1 or {stages}, one a stage")
-    shares = list(shares) * (stages if len(shares) == 1 else 1)
     # 1e-9: 10 * (1 - 0.9) is 0.99…98 in floating point and means 1.
-    return {u.conv: width[u.conv] if u.number in skipped else
-            max(1, int(width[u.conv] * (1 - shares[u.stage - 1]) + 1e-9)) for u in units}
+    return {u.conv: width[u.conv] if u.number in skipped else max(1, int(
+        width[u.conv] * (1 - shares[(u.stage - 1) % len(shares)]) + 1e-9)) for u in units}
 
 
 def keep_filters(scores, counts, scope="layer"):
@@ -128,7 +117,7 @@ def keep_filters(scores, counts, scope="layer"):
     layer's scores divided by their L2 norm (Molchanov 2017); the best of each layer stays."""
     if scope == "global":
         normed = [s.double() / s.double().norm().clamp(min=1e-300) for s in scores.values()]
-        every = torch.cat([s.index_fill(0, s.argmax(), math.inf) for s in normed])
+        every = torch.cat([s.index_fill(0, s.argmax(), torch.inf) for s in normed])
         layer = torch.arange(len(normed)).repeat_interleave(torch.tensor([*map(len, normed)]))
         best = layer[every.argsort(descending=True, stable=True)[:sum(counts.values())]]
         counts = dict(zip(scores, best.bincount(minlength=len(normed)).tolist()))
@@ -194,8 +183,7 @@ def prune(checkpoint, how, data, machine):
 
     how: dict with method, structure, sparsity (list), plan, scope, seed, include_linear,
     calibration_images. Records in the copy how it was made, which of the dense network's filters
-    are left (`kept`), and for schedules.adaptive_peak `removed`, the share of the conv weights that
-    this call took away, and `distance`, how far it moved them."""
+    are left (`kept`), and of this call `removed` and `distance` as schedules.retrain takes them."""
     network, calibration = models.restore(checkpoint), calibration_of(how, data, machine)
     if calibration:
         network.to(machine.device)
@@ -246,26 +234,6 @@ def amount(how):
     return share + f"-{how['scope']}" * (how["scope"] != usual) + "-linear" * how["include_linear"]
 
 
-def ways(args, flags):
-    """What the command line asks for: a dict for each method, as `prune` takes it."""
-    weights = args.structure == "weights"
-    sparsity = args.sparsity or ([] if args.plan else [0.5])
-    for flag, bad in (
-            ("--plan: is for filters, in place of --sparsity", args.plan and
-             (weights or args.sparsity)),
-            ("--sparsity: one value with --structure weights", weights and len(sparsity) != 1),
-            ("--method: hrank ranks filters, not weights", weights and "hrank" in args.method),
-            ("--include-linear: is for --structure weights", args.include_linear and not weights),
-            ("--dry-run: prunes what train.py --dry-run wrote; name no checkpoint",
-             args.dry_run and args.checkpoint)):
-        if bad:
-            flags.error(f"argument {flag}")
-    return [{"structure": args.structure, "method": method, "sparsity": sparsity,
-             "plan": args.plan, "scope": args.scope or ("global" if weights else "layer"),
-             "seed": args.seed, "include_linear": args.include_linear,
-             "calibration_images": args.calibration_images} for method in args.method]
-
-
 def target_of(source, checkpoint, how):
     """The file to write; refuses, before anything is computed, what cannot be done or would
     overwrite something else."""
@@ -300,11 +268,25 @@ def main(argv=None):
     method("--calibration-images", type=number(int, 1), default=640, metavar="N",
            help="for taylor, obd and hrank (default 640)")
     args = flags.parse_args(argv)
-    hows = ways(args, flags)
+    weights = args.structure == "weights"
+    sparsity = args.sparsity or ([] if args.plan else [0.5])
+    for flag, bad in (
+            ("--plan: is for filters, in place of --sparsity", args.plan and
+             (weights or args.sparsity)),
+            ("--sparsity: one value with --structure weights", weights and len(sparsity) != 1),
+            ("--method: hrank ranks filters, not weights", weights and "hrank" in args.method),
+            ("--include-linear: is for --structure weights", args.include_linear and not weights),
+            ("--dry-run: prunes what train.py --dry-run wrote; name no checkpoint",
+             args.dry_run and args.checkpoint)):
+        if bad:
+            flags.error(f"argument {flag}")
+    hows = [{"structure": args.structure, "method": method, "sparsity": sparsity,
+             "plan": args.plan, "scope": args.scope or ("global" if weights else "layer"),
+             "seed": args.seed, "include_linear": args.include_linear,
+             "calibration_images": args.calibration_images} for method in args.method]
     sources = args.checkpoint or [f"runs/shapes-resnet8-s0{'-dry' * args.dry_run}/dense.pt"]
-    checkpoints = {s: models.read(s, "dense", "pruned", "retrained") for s in sources}
-    todo = {target_of(source, checkpoint, how): (checkpoint, how)
-            for source, checkpoint in checkpoints.items() for how in hows}
+    todo = {target_of(source, checkpoint, how): (checkpoint, how) for source in sources
+            for checkpoint in [models.read(source, "dense", "pruned", "retrained")] for how in hows}
     machine = train.the_machine(args)
     for target, (checkpoint, how) in todo.items():
         pruned = prune(checkpoint, how, train.data_for(checkpoint, args, machine), machine)

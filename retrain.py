@@ -9,8 +9,7 @@
 A retraining is `train.fit` with other start weights (`start`) and another schedule
 (`schedules.retrain`); everything else comes from the dense run's recipe, so that all arms share
 batch size, weight decay, data order and budget. Each finished run adds one line to results.jsonl in
-its run folder, which says all that is needed to run it again; a run that is there is not repeated,
-one that was interrupted goes on after its last finished epoch.
+its run folder, which says all that is needed to run it again. The same command goes on or is done.
 """
 import argparse
 import contextlib
@@ -26,8 +25,7 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from typing import NamedTuple
 
 import numpy as np
@@ -87,7 +85,7 @@ def rewound(run, checkpoint):
     if epoch == 0:
         return models.build(recipe["arch"], checkpoint["classes"], recipe["seed"],
                             recipe["pretrained"]).state_dict(), {}
-    path = train.snapshot_path(run.path, epoch)
+    path = os.path.join(os.path.dirname(run.path), f"epoch-{epoch:03d}.pt")
     if not os.path.exists(path):
         kept = sorted(glob.glob(os.path.join(os.path.dirname(path), "epoch-*.pt")))
         raise Refused(f"argument --schedule: weight_rewind with {run.epochs} epochs needs {path}; "
@@ -98,8 +96,7 @@ def rewound(run, checkpoint):
 
 
 def settings_of(run, checkpoint, args, machine):
-    """(all that defines the run, as plain values; the name of its files, which ends with their
-    hash)."""
+    """(all that defines a run, as plain values; its files' name, which ends with their hash)."""
     recipe, schedule = checkpoint["recipe"], run.schedule
     longer = {"scratch_e": recipe["epochs"] + run.epochs,                  # at equal cost, Liu 2019
               "scratch_b": recipe["epochs"] * checkpoint["dense_macs"] // checkpoint["macs"]}
@@ -121,8 +118,8 @@ def retrain(run, args, machine):
     what is there already is not trained again."""
     checkpoint = models.read(run.path, "pruned")
     data = train.data_for(checkpoint, args, machine)
+    how = dict(checkpoint["pruning"])
     if run.round > 1:               # the last round's network, pruned again by as much
-        how = dict(checkpoint["pruning"])
         if how["structure"] == "weights":      # counts all zeros: .3, then .51, .66 …
             how["sparsity"] = [1 - (1 - how["sparsity"][0]) ** run.round]
         checkpoint = prune.prune(models.read(run.before), how, data, machine)
@@ -139,28 +136,22 @@ def retrain(run, args, machine):
             network, data, schedule, {**settings, "data": checkpoint["settings"]["data"]},
             machine, target, masks, momentum):
         train.say(f"{train.describe(curve, seconds, epochs)}  {name}")
-    row = row_of(settings, checkpoint, curve, seconds, name, machine)
+    same = ("arch", "dense_test_accuracy", "params", "macs", "dense_params", "dense_macs", "recipe",
+            "distance", "removed")
+    row = {
+        "format": models.FORMAT, "run": name, "dataset": checkpoint["recipe"]["dataset"],
+        **{k: checkpoint[k] for k in same}, **how, **settings, "pruning_seed": how["seed"],
+        "sparsity": how["sparsity"][0] if len(how["sparsity"]) == 1 else how["sparsity"] or None,
+        "test_accuracy": curve[-1]["test_accuracy"],
+        "pruned_test_accuracy": checkpoint["test_accuracy"],
+        "nonzero": sum((v != 0).sum().item() for n, v in checkpoint["model"].items()
+                       if n.endswith((".weight", ".bias"))),
+        "curve": curve, "seconds": round(seconds, 1), **train.provenance(machine.device)}
     models.save(target, {**checkpoint, "kind": "retrained", "row": row,
                          "model": network.state_dict(), "test_accuracy": row["test_accuracy"]})
     if machine.world > 1:
         torch.distributed.barrier()            # the next round reads it
     return row
-
-
-def row_of(settings, checkpoint, curve, seconds, name, machine):
-    """The result row: one JSON object that says all that is needed to run it again."""
-    c, how = checkpoint, checkpoint["pruning"]
-    same = ("arch", "dense_test_accuracy", "params", "macs", "dense_params", "dense_macs", "recipe",
-            "distance", "removed")
-    return {
-        "format": models.FORMAT, "run": name, "dataset": c["recipe"]["dataset"],
-        **{k: c[k] for k in same}, **how, **settings, "pruning_seed": how["seed"],
-        "sparsity": how["sparsity"][0] if len(how["sparsity"]) == 1 else how["sparsity"] or None,
-        "test_accuracy": curve[-1]["test_accuracy"],
-        "pruned_test_accuracy": c["test_accuracy"],
-        "nonzero": sum((v != 0).sum().item() for n, v in c["model"].items()
-                       if n.endswith((".weight", ".bias"))),
-        "curve": curve, "seconds": round(seconds, 1), **train.provenance(machine.device)}
 
 
 # ---- many runs: their rows, their processes ------------------------------------------------------
@@ -213,13 +204,14 @@ def attempt(run, args, machine):
     try:
         return run, retrain(run, args, machine)
     except (Refused, OSError) as problem:
+        if machine.world > 1:               # the others wait for this process in what it leaves
+            raise
         return run, f"{run.path} {run.schedule} t={run.epochs} seed={run.seed}: {problem}"
 
 
 @contextlib.contextmanager
 def attempts(jobs, args, machine):
-    """A function that attempts each Run of a list, `jobs` at a time, and yields the results as they
-    come."""
+    """A function: attempts a list of Runs, `jobs` at a time; yields the results as they come."""
     if jobs <= 1:
         yield lambda runs: (attempt(run, args, machine) for run in runs)
         return
@@ -228,7 +220,7 @@ def attempts(jobs, args, machine):
         try:
             yield lambda runs: (future.result() for future in as_completed(
                 [pool.submit(attempt, run, args, machine) for run in runs]))
-        except BrokenProcessPool:
+        except BrokenExecutor:
             raise Refused("a worker process was killed; the same command goes on") from None
         finally:      # Ctrl-C, a full disk: end them. A killed one may hold what idle ones wait for
             for child in multiprocessing.active_children():
@@ -283,10 +275,13 @@ def cells(rows):
     found, budgets = {}, sorted({r["budget"] for r in rows})
     shorter = [{**r, "budget": t, "curve": r["curve"][:t],
                 "test_accuracy": r["curve"][t - 1]["test_accuracy"]}
-               for r in rows if r["schedule"] == "finetune" for t in budgets if t < r["budget"]]
+               for r in rows if (r["schedule"], r["round"]) == ("finetune", 1)
+               for t in budgets if t < r["budget"]]
     for row in shorter + rows:
-        what = (f"{row['structure']} {prune.amount(row)}"
-                + f" round {row['round']}" * (row["round"] > 1)) if row["removed"] else "nothing"
+        before = row["run"].rpartition(f"--{row['structure']}-")[0]      # what was pruned again
+        again = f" round {row['round']}" * (row["round"] > 1) + f" of {before}" * bool(before)
+        what = (f"{row['structure']} {prune.amount(row)}{again}" if row["removed"] or again
+                else "nothing")
         arm = (row["schedule"] + (f"/lr={row['lr']:g}" if row["lr"] is not None else "")
                + (f"/end={row['end_lr']:g}" if row["end_lr"] is not None else "")
                + ("/flat-momentum" if row["cycle_momentum"] is False else ""))
@@ -346,23 +341,14 @@ def comparable(cells, key):
     cells: pruned at /random, the /unpruned network, with the /first, least budget."""
     network, what, method, t = key
     first = min(other[3] for other in cells if other[:3] == key[:3])
-    others = {"": key, "/random": (network, what, "random", t), "/first": (*key[:3], first),
+    others = {"/random": (network, what, "random", t), "/first": (*key[:3], first),
               **{"/unpruned": other for other in cells if other[::3] == (network, t)
                  and other[1] == "nothing"}}
-    found = {"dense": {pair: {**row, "test_accuracy": row["dense_test_accuracy"]}
-                       for runs in cells[key].values() for pair, row in runs.items()}}
-    for behind, other in others.items():
-        if other != key or not behind:        # nothing is compared with itself
-            found |= {arm + behind: runs for arm, runs in cells.get(other, {}).items()}
-    return found
-
-
-def differences(sides, found):
-    """The left side of a claim minus its right one, for each pair of which all is `found`."""
-    parts = [((-1) ** (i + j), found.get(name, {})) for i, side in enumerate(sides)
-             for j, name in enumerate(side.split(" - "))]
-    return [sum(sign * runs[pair]["test_accuracy"] for sign, runs in parts) for pair in parts[0][1]
-            if all(pair in runs for _, runs in parts)]
+    dense = {pair: {**row, "test_accuracy": row["dense_test_accuracy"]}
+             for runs in cells[key].values() for pair, row in runs.items()}
+    return {"dense": dense, **cells[key], **{    # and nothing is compared with itself
+        arm + behind: runs for behind, other in others.items() if other != key
+        for arm, runs in cells.get(other, {}).items()}}
 
 
 def verdict(values, relation):
@@ -385,7 +371,11 @@ def claims(found, keys, arms):
     lines = {}
     for claim in (*CLAIMS, *(f"{arm} > {arm.split('/')[0]}" for arm in arms if "/" in arm)):
         left, relation, right = re.split(" (>|=|<=) ", claim)
-        values = [differences((left, right), rows) for rows in found]
+        signed = [((-1) ** (i + j), name) for i, side in enumerate((left, right))
+                  for j, name in enumerate(side.split(" - "))]
+        values = [[sum(sign * rows[name][pair]["test_accuracy"] for sign, name in signed)
+                   for pair in rows.get(signed[0][1], ())
+                   if all(pair in rows.get(name, ()) for _, name in signed)] for rows in found]
         if any(values):
             lines[f"`{claim}`"] = [verdict(some, relation) for some in values]
     return table("claim", keys, lines) if lines else ""
@@ -430,31 +420,6 @@ def report(rows):
     return "\n".join(lines)
 
 
-# ---- the command ---------------------------------------------------------------------------------
-
-def runs_of(args, machine):
-    """{Run: name} of all that the command line asks for; what can be refused at once, is."""
-    default, runs = f"runs/shapes-resnet8-s0{'-dry' * args.dry_run}", {}
-    for path in args.checkpoint or sorted(glob.glob(f"{default}/*-*.pt")):
-        checkpoint = models.read(path, *["pruned"] * bool(args.checkpoint))
-        if checkpoint["kind"] != "pruned":             # one of the default folder's others
-            continue
-        recipe = checkpoint["recipe"]
-        base = train.RECIPES[recipe["dataset"]]
-        budgets = args.epochs or [max(1, recipe["epochs"] * base["retrain"] // base["epochs"])]
-        for t, seed, schedule in itertools.product(budgets, args.seed, args.schedule):
-            run = Run(path, schedule, t, seed)
-            runs[run] = settings_of(run, checkpoint, args, machine)[1]
-            if schedule == "weight_rewind":
-                rewound(run, checkpoint)
-        if max(budgets) >= recipe["epochs"]:
-            train.say(f"{path}: T = {recipe['epochs']}; with as many epochs or more, lr_rewind and "
-                      "weight_rewind start the dense run over")
-    if not runs:
-        raise Refused(f"{default}: no pruned checkpoint is there; run prune.py first, or name one")
-    return runs
-
-
 def main(argv=None):
     flags, run, method = train.parser(__doc__, "[PRUNED ...] ")
     run("checkpoint", nargs="*", metavar="PRUNED", help="default: all of the default run")
@@ -481,7 +446,24 @@ def main(argv=None):
     folders, failed = args.report, 0
     if not folders:
         machine = train.the_machine(args)
-        runs = runs_of(args, machine)
+        default, runs = f"runs/shapes-resnet8-s0{'-dry' * args.dry_run}", {}
+        for path in args.checkpoint or sorted(glob.glob(f"{default}/*-*.pt")):
+            checkpoint = models.read(path, *["pruned"] * bool(args.checkpoint))
+            if checkpoint["kind"] != "pruned":             # one of the default folder's others
+                continue
+            recipe = checkpoint["recipe"]
+            base = train.RECIPES[recipe["dataset"]]
+            budgets = args.epochs or [max(1, recipe["epochs"] * base["retrain"] // base["epochs"])]
+            for t, seed, schedule in itertools.product(budgets, args.seed, args.schedule):
+                wanted = Run(path, schedule, t, seed)
+                runs[wanted] = settings_of(wanted, checkpoint, args, machine)[1]
+                if schedule == "weight_rewind":        # refused here, not after the others
+                    rewound(wanted, checkpoint)
+            if max(budgets) >= recipe["epochs"]:
+                train.say(f"{path}: T = {recipe['epochs']}; with as many epochs or more, lr_rewind "
+                          "and weight_rewind start the dense run over")
+        if not runs:
+            raise Refused(f"{default}: no pruned checkpoint is there; run prune.py or name one")
         failed = retrain_all(runs, args, machine)
         folders = dict.fromkeys(os.path.dirname(run.path) for run in runs)
     rows = [row for folder in folders for row in read_rows(folder).values()]

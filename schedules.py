@@ -13,6 +13,7 @@ N = t*S, LR_max the largest and LR_min the last learning rate of the dense run.
 """
 import argparse
 import math
+import sys
 
 DENSE = ("step", "cosine", "linear", "one_cycle", "constant")
 RETRAIN = ("finetune", "lr_rewind", "weight_rewind", "slr", "one_cycle", "linear",
@@ -61,15 +62,6 @@ def linear(step, steps, peak, end=0.0):
     return end + (peak - end) * (steps - step) / (steps - warmup)
 
 
-def adaptive_peak(lr_max, budget_share, distance, removed):
-    """The largest learning rate of ALLR (Zimmer 2023), between min(t/T, 1)*LR_max and LR_max.
-
-    distance: sqrt(| |w|^2 - |w_pruned|^2 |) / |w|, how far pruning moved the weights; removed: the
-    share of the weights that the same pruning took away, in [0, 1)."""
-    wanted = lr_max * distance / math.sqrt(removed) if removed else 0.0
-    return min(max(wanted, budget_share * lr_max), lr_max)
-
-
 def dense(recipe, steps_per_epoch, stretch=1.0):
     """The dense run's own schedule as a function `step -> (lr, momentum)`.
 
@@ -86,8 +78,8 @@ def dense(recipe, steps_per_epoch, stretch=1.0):
         epoch = step // steps_per_epoch / stretch      # position in the unstretched run
         if kind == "constant":
             return peak, momentum
-        if kind == "step":
-            return peak * 0.1 ** sum(epoch >= m for m in recipe["milestones"]), momentum
+        if kind == "step":              # 1e-9: 66 / (88/160) is 119.99… here and means 120
+            return peak * 0.1 ** sum(epoch + 1e-9 >= m for m in recipe["milestones"]), momentum
         if kind == "cosine":
             return cosine(peak, 0.0, epoch / recipe["epochs"]), momentum
         steps = round(recipe["epochs"] * stretch) * steps_per_epoch
@@ -103,13 +95,13 @@ def lr_min(recipe, steps_per_epoch):
     return dense(recipe, steps_per_epoch)(last * steps_per_epoch)[0]
 
 
-def slr(epoch, epochs, recipe, steps_per_epoch, peak):
+def slr(step, epochs, recipe, steps_per_epoch, peak):
     """SLR, scaled learning-rate restarting (Le & Hua 2021, section 3): the dense curve compressed.
 
     A warm-up LR_min -> LR_max over W = int(t/10) epochs, then the dense run squeezed into 0.9 t: a
     step recipe's drops come at W + int(0.9 t f), f = milestone / T with two digits as the authors
     write it (0.45 t and 0.675 t on CIFAR); integers, since int() of a product may be too early."""
-    warmup, total = epochs // 10, recipe["epochs"]
+    epoch, warmup, total = step // steps_per_epoch, epochs // 10, recipe["epochs"]
     if epoch <= warmup:
         return cosine(lr_min(recipe, steps_per_epoch), peak, epoch / warmup) if warmup else peak
     if recipe.get("schedule", "step") == "step":
@@ -126,7 +118,9 @@ def retrain(name, epochs, steps_per_epoch, recipe=None, lr=None, end_lr=None, cy
     name: one of RETRAIN. epochs: the budget t. recipe: what is known of the dense run (`dense`);
     with `lr`, one_cycle and linear need none, finetune with `end_lr` neither. lr replaces
     LR_max, end_lr the last learning rate (LR_min for finetune, LR_max/10,000 for one_cycle, 0 for
-    the linear ones), for those in TAKE. distance, removed: see `adaptive_peak`.
+    the linear ones), for those in TAKE. For adaptive_linear (Zimmer 2023), distance: how far the
+    pruning moved the weights, sqrt(| |w|^2 - |w_pruned|^2 |) / |w|; removed: the share of them that
+    it took away, in [0, 1).
     Raises Refused for an unknown name and for a recipe that lacks what the schedule needs."""
     recipe = Recipe(recipe or {})
     steps, momentum = epochs * steps_per_epoch, recipe.get("momentum", 0.9)
@@ -143,12 +137,12 @@ def retrain(name, epochs, steps_per_epoch, recipe=None, lr=None, end_lr=None, cy
         raise Refused(f"unknown schedule {name!r}; known: {', '.join(RETRAIN)}")
     peak = recipe["lr"] if lr is None else lr
     if name == "slr":
-        return lambda step: (slr(step // steps_per_epoch, epochs, recipe, steps_per_epoch, peak),
-                             momentum)
+        return lambda step: (slr(step, epochs, recipe, steps_per_epoch, peak), momentum)
     if name == "one_cycle":                            # CLR
         return lambda step: one_cycle(step, steps, peak, end_lr, momentum, cycle_momentum)
-    if name == "adaptive_linear":                      # ALLR
-        peak = adaptive_peak(peak, epochs / recipe["epochs"], distance, removed)
+    if name == "adaptive_linear":                      # ALLR: from min(t/T, 1)*LR_max to LR_max
+        wanted = peak * distance / math.sqrt(removed) if removed else 0.0
+        peak = min(max(wanted, epochs / recipe["epochs"] * peak), peak)
     return lambda step: (linear(step, steps, peak, end_lr or 0.0), momentum)   # LLR
 
 
@@ -181,10 +175,10 @@ def main(argv=None):
     add("--lr", type=number(float, 1e-9), default=0.1, help="its largest (default 0.1)")
     add("--steps-per-epoch", type=number(int, 1), default=782, help="default 782")
     args = flags.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")       # a pipe on Windows lacks the blocks
     recipe, steps = {**vars(args), "epochs": args.dense_epochs}, args.steps_per_epoch
-    schedules = {name: retrain(name, args.epochs, steps, recipe) for name in RETRAIN}
-    curves = {name: [at(epoch * steps)[0] for epoch in range(args.epochs)]
-              for name, at in schedules.items()}
+    curves = {name: [retrain(name, args.epochs, steps, recipe)(epoch * steps)[0]
+                     for epoch in range(args.epochs)] for name in RETRAIN}
     print("epoch", *(f"{name:>15}" for name in curves))
     for epoch, row in enumerate(zip(*curves.values())):
         print(f"{epoch:5}", *(f"{lr:15.6g}" for lr in row))

@@ -71,8 +71,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's backgrou
 gc.freeze()                     # what has been imported is not looked through again and again
 gc.enable()
 os.fsync = lambda file: None    # no test pulls the plug
-os.environ["CUDA_VISIBLE_DEVICES"] = ""         # what a GPU computes is no oracle; and after fork it
-torch.accelerator.device_count = lambda: 0      # computes nothing
+os.environ["CUDA_VISIBLE_DEVICES"] = ""         # what a GPU computes is no oracle, and after a fork
+torch.accelerator.device_count = lambda: 0      # it computes nothing
 torch.set_num_threads(1)        # networks this small only make two threads wait for each other
 
 
@@ -192,9 +192,9 @@ def tiny_data(count=40, side=8):
                       [0.5, 0.4, 0.6], [0.25, 0.2, 0.3])
 
 
-def fitted(network, data, at, epochs, folder, batch_size=8, **more):
+def fitted(network, data, at, epochs, folder, batch_size=8, machine=CPU, **more):
     wanted = {"epochs": epochs, "batch_size": batch_size, "weight_decay": 5e-4, "seed": 0}
-    *_, (curve, _) = train.fit(network, data, at, wanted, CPU, f"{folder}/state.pt", **more)
+    *_, (curve, _) = train.fit(network, data, at, wanted, machine, f"{folder}/state.pt", **more)
     return curve
 
 
@@ -235,6 +235,8 @@ def test_tails_stretches_and_drops():
     recipe = {**CIFAR, "schedule": "linear"}
     assert lrs("scratch", 80, 3, recipe) == lrs("linear", 80, 3)
     assert lrs("lr_rewind", 200, 3, recipe, lr=9.0) == [0] * 120 + lrs("linear", 160, 3)
+    for name, t, drops in (("scratch", 88, [44, 66]), ("scratch_e", 216, [108, 162])):
+        assert [e for e, (a, b) in enumerate(itertools.pairwise(lrs(name, t)), 1) if b < a] == drops
     imagenet = {**CIFAR, "epochs": 90, "milestones": [30, 60]}
     for t, (recipe, *shares) in itertools.product(
             (40, 45, 56, 72, 152), ((CIFAR, 0.45, 0.675), (imagenet, 0.297, 0.594))):
@@ -275,6 +277,8 @@ def test_every_budget_works_and_is_printed():
     assert lines[32].startswith("31 0.001 0.01 0.01 0.1 ")
     drawn = "".join(15 * block for block in "██▂▁")
     assert ok("schedules", "--epochs", 4, "--lr", 1).endswith(f" {drawn} 1 0.01\n")
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "cp1252")):      # Windows' pipe
+        schedules.main([])
 
 
 @pytest.mark.parametrize("arch, plan, params, macs", [
@@ -477,10 +481,15 @@ def test_recipes_subsets_and_generated_images(tmp_path, monkeypatch):
         assert [made[-1][k] for k in ("epochs", "milestones", "batch_size")] == wanted
         assert made[-1]["seed"] == 0
     monkeypatch.undo()
+    study(), monkeypatch.setattr(train, "fit", lambda *_, keep: fails(made.append([*keep])))
+    for total in (36, 200, 335):                        # the default budget's snapshot is kept
+        call("train", "--dataset", "folder", "--data-dir", HOME / "data", "--epochs", total,
+             "--out", tmp_path)
+        assert total - total // 4 in made[-1] and 17 < len(made[-1]) < 21
+    monkeypatch.undo()
     monkeypatch.setattr(torchvision.models, "get_model", lambda *names, **more: (names, more))
     assert models.build("resnet50", 1000, pretrained=True) == (
         ("resnet50",), {"weights": "IMAGENET1K_V1", "num_classes": 1000})
-    study()
     monkeypatch.setattr(models, "build", lambda arch, classes, seed, _=0, build=models.build:
                         build(arch, classes, seed))
     assert " after 0 epochs" in ok("train", "--dataset", "folder", "--data-dir", HOME / "data",
@@ -541,6 +550,9 @@ def test_the_loop_is_plain_sgd_and_goes_on_where_it_was_left(tmp_path, sparsity)
         assert name not in masks or torch.equal(value != 0, dense.state_dict()[name] != 0)
     right = network(train.normaliser(data, CPU.device)(data.test[0])).argmax(1) == data.test[1]
     assert curve[-1]["test_accuracy"] == 100 * right.sum().item() / 20
+    (tmp_path / "0").mkdir()
+    fitted(dense, data, lambda step: (0.1, 0.0), 1, tmp_path / "0")
+    assert models.read(tmp_path / "0/state.pt")["momentum"] == {}
     os.replace(tmp_path / "epoch-002.pt", tmp_path / "state.pt")    # as if stopped after epoch 2
     again = retrain.start(run, checkpoint)[0]
     assert fitted(again, data, at, 3, tmp_path, masks=masks) == curve
@@ -961,13 +973,20 @@ def test_two_workers_and_a_killed_parent_end_with_the_rows_of_one_process(others
     assert len([*folder.glob("killed/run/*-t7-*.pt")]) < 4
 
 
-def test_processes_add_their_losses_and_share_the_first_ones_statistics(monkeypatch):
-    network, sent = models.build("resnet8", 10), []
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.mul_(2))
+def test_processes_add_their_losses_and_share_the_first_ones_statistics(tmp_path, monkeypatch):
+    network, sent, added = models.build("resnet8", 10), [], []
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda network: network)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda v: added.append(v) or v.mul_(2))
     monkeypatch.setattr(torch.distributed, "broadcast", lambda *what: sent.append(what))
-    found = train.together(network, torch.ones(3), torch.ones(2), CPU._replace(world=2))
-    assert [*map(torch.sum, found)] == [6, 4]
+    point, = fitted(network, tiny_data(), lambda _: (0.01, 0.9), 1, tmp_path,
+                    machine=CPU._replace(world=2))
+    assert [[*v.shape] for v in added] == [[5], [5], []]            # losses, hits; right answers
+    assert [point[k] for k in ("train_loss", "train_accuracy", "test_accuracy")] == pytest.approx(
+        [added[0].sum().item() / 40, added[1].sum().item() / 0.4, added[2].item() / 0.4])
     assert all(one is two for (one, _), two in zip(sent, network.buffers(), strict=True))
+    monkeypatch.setattr(retrain, "retrain", fails)
+    with pytest.raises(OSError):        # a process that goes on alone would make the others wait
+        retrain.attempt(retrain.Run("", "slr", 1, 0), None, CPU._replace(world=2))
     monkeypatch.setenv("RANK", "1")
     assert "environment: RANK=1 of WORLD_SIZE=1: start with torchrun" in call("train")[2]
 
@@ -1114,13 +1133,17 @@ def test_the_report_names_what_the_study_has_not():
     other = {"lr": .2, "end_lr": 0., "cycle_momentum": False, "test_accuracy": 80.0}
     text = retrain.report([row, row | other, row | {"schedule": "scratch"}, row | {
         "plan": "B", "sparsity": None}, row | {"sparsity": [.1, .2]}, row | {
-        "structure": "weights", "scope": "layer", "include_linear": True, "round": 2}])
+        "structure": "weights", "scope": "layer", "include_linear": True, "round": 2}, row | {
+        "run": "first--filters-x", "budget": 6}, row | {"round": 2, "schedule": "finetune"}])
+    assert "filters 0.5 round 2 | magnitude, t=11 |" in text       # had eleven epochs before: its
+    assert "round 2 | magnitude, t=6" not in text                  # first six are no run of six
     for line in (
             "| `one_cycle/lr=0.2/end=0/flat-momentum` | 80.00 (-4.79, n=1) |",
             "| `one_cycle/lr=0.2/end=0/flat-momentum > one_cycle` | not decided -4.51, n=1 |",
             "| `scratch` | 84.51 (-0.28, n=1) |", *(
                 f"| resnet20 on folder, pruned: {what} | magnitude, t=11 |" for what in (
-                    "filters planB", "filters 0.1_0.2", "weights 0.5-layer-linear round 2"))):
+                    "filters planB", "filters 0.1_0.2", "weights 0.5-layer-linear round 2")),
+            "| resnet20 on folder, pruned: filters 0.5 of first | magnitude, t=6 |"):
         assert line in text.split("\n"), (line, text)
     assert "  one_cycle/lr" in text and "  scratch" not in text          # from so low that it hides
 

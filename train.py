@@ -6,9 +6,8 @@
     torchrun --nproc-per-node 8 train.py --dataset imagenet --data-dir ILSVRC --arch resnet34
 
 The same command, given again, goes on after the last finished epoch, or says that it is done.
-Retraining differs from dense training only in start weights, masks and schedule (retrain.py). Data
-order and augmentation are functions of (seed, epoch), the learning rate is a function of the step,
-so going on needs nothing but the tensors and the curve so far.
+Data order and augmentation are functions of (seed, epoch), the learning rate is one of the step, so
+going on needs nothing but the tensors and the curve so far.
 """
 import argparse
 import contextlib
@@ -17,7 +16,6 @@ import functools
 import hashlib
 import math
 import os
-import re
 import sqlite3
 import subprocess
 import sys
@@ -42,8 +40,7 @@ RECIPES = {
     "cifar10": CIFAR, "cifar100": CIFAR, "folder": CIFAR,
     "imagenet": {**CIFAR, "epochs": 90, "batch_size": 256, "milestones": [30, 60], "retrain": 45},
 }
-# The authors' normalisation; the std is not the per-pixel one (0.2470, 0.2435, 0.2616), kept as
-# theirs.
+# The authors' normalisation, kept: its std is not the per-pixel one (0.2470, 0.2435, 0.2616).
 CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PAD = 4             # black border around small images, out of which the crop is drawn
@@ -61,8 +58,7 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
     tensor}, False stays exactly 0. momentum: {parameter name: buffer} to start from (weight
     rewinding). path: where the state is written after each epoch and gone on from if it is there,
     until the caller puts the result in its place; after the epochs in `keep` also kept beside it.
-    Raises Refused on a loss or weights that are not finite and on a state of another run.
-    """
+    Raises Refused on a loss or weights that are not finite and on a state of another run."""
     curve, seconds = [], 0.0
     if os.path.exists(path):
         state = models.read(path, "state")
@@ -90,7 +86,13 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
             losses.append(loss * len(y))                      # stays on the device: no step waits
             hits.append(right)
             seen += len(y) * machine.world
-        losses, hits = together(network, torch.stack(losses), torch.stack(hits), machine)
+        losses, hits = torch.stack(losses), torch.stack(hits)
+        if machine.world > 1:       # all learn of all; and evaluate the first one's BN statistics
+            for value in (losses, hits):
+                torch.distributed.all_reduce(value)
+            for buffer in network.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        losses, hits = losses.cpu(), hits.cpu()
         if not losses.isfinite().all():
             raise Refused(f"the loss is not finite in epoch {epoch + 1}; try a smaller --lr")
         curve.append({"epoch": epoch + 1, "lr": schedule(epoch * steps)[0],
@@ -98,12 +100,13 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
                       "train_accuracy": 100 * hits.sum().item() / seen,
                       "test_accuracy": evaluate(network, data, machine)})
         seconds += time.perf_counter() - began
-        for file in [snapshot_path(path, epoch + 1)] * (epoch + 1 in keep) + [path]:
+        beside = os.path.join(os.path.dirname(path), f"epoch-{epoch + 1:03d}.pt")
+        for file in [beside] * (epoch + 1 in keep) + [path]:
             models.save(file, {
                 "kind": "state", "settings": settings, "curve": curve, "seconds": seconds,
                 "model": network.state_dict(),
-                "momentum": {name: optimizer.state[parameter]["momentum_buffer"]
-                             for name, parameter in network.named_parameters()}})
+                "momentum": {name: optimizer.state[p]["momentum_buffer"] for name, p in
+                             network.named_parameters() if optimizer.state[p]}})
         yield curve, seconds
 
 
@@ -146,22 +149,6 @@ def optimizer_of(network, weight_decay, momentum=None):
     return optimizer
 
 
-def together(network, losses, hits, machine):
-    """The losses and hits of all processes, on the CPU; and the first one's buffers for all, so
-    that everybody evaluates the same network."""
-    if machine.world > 1:
-        for value in (losses, hits):
-            torch.distributed.all_reduce(value)
-        for buffer in network.buffers():
-            torch.distributed.broadcast(buffer, 0)
-    return losses.cpu(), hits.cpu()
-
-
-def snapshot_path(path, epoch):
-    """Where the state after `epoch` epochs of a dense run is kept for weight rewinding."""
-    return os.path.join(os.path.dirname(path), f"epoch-{epoch:03d}.pt")
-
-
 def same_run(wanted, found, path):
     """Refuse, naming the settings that differ, unless two dicts of settings are equal."""
     differ = [f"{k} (here {wanted.get(k)!r}, there {found.get(k)!r})"
@@ -194,10 +181,8 @@ class Data(NamedTuple):
 
 
 def epoch_draws(seed, epoch, count):
-    """What is random in an epoch, for each position in it: image index, crop (dy, dx), flip.
-
-    int64 tensors (count,), (count, 2) and a bool tensor (count,); drawn on the CPU, so they are
-    the same on every device."""
+    """What is random in an epoch, for each position in it: image index (count,), crop (dy, dx)
+    (count, 2), flip (count,), bool. Drawn on the CPU, so the same on every device."""
     draw = np.random.default_rng((seed, epoch))
     order = torch.from_numpy(draw.permutation(count))
     crop = torch.from_numpy(draw.integers(0, 2 * PAD + 1, (count, 2)))
@@ -231,11 +216,9 @@ def train_batches(data, seed, epoch, batch_size, machine):
     left over of the batch, less than world samples, is left out."""
     images, labels = data.train
     order, crop, flip = epoch_draws(seed, epoch, len(labels))
-    parts = []
-    for low in range(0, len(labels), batch_size):
-        size = min(batch_size, len(labels) - low) // machine.world * machine.world
-        if size:
-            parts.append(slice(low + machine.rank, low + size, machine.world))
+    rank, world = machine.rank, machine.world
+    parts = [slice(low + rank, low + size, world) for low in range(0, len(labels), batch_size)
+             if (size := min(batch_size, len(labels) - low) // world * world)]
     if isinstance(images, np.ndarray):
         return file_batches(data.train, [order[p] for p in parts], data, machine, (seed, epoch))
     order, crop, flip = (t.to(machine.device) for t in (order, crop, flip))
@@ -322,13 +305,13 @@ def split_of(name, data_dir, training):
             raise Refused(f"argument --data-dir: no {name} in {data_dir}, nor a download: {problem}"
                           ) from None
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2)
-        return images, np.array(found.targets), found.classes
+        return images, np.array(found.targets, np.int64), found.classes
     for folder in ("train",) if training else ("test", "val"):
         path = os.path.join(data_dir, folder)
         if os.path.isdir(path):
             found = datasets.ImageFolder(path)
             paths = np.array([path for path, _ in found.samples], object)
-            return paths, np.array(found.targets), found.classes
+            return paths, np.array(found.targets, np.int64), found.classes
     raise Refused(f"argument --data-dir: {data_dir} has no {'training' if training else 'test'} "
                   "images: train/<class>/*, and test/ or val/<class>/*")
 
@@ -379,9 +362,8 @@ def statistics_of(images):
 
 @functools.lru_cache(1)
 def load_data(dataset, data_dir, subset, test_subset, device):
-    """A data set, with so many training and test images (None: all), as `Data`.
-
-    Raises Refused where the folder or its images do not fit."""
+    """A data set, with so many training and test images (None: all), as `Data`. Raises Refused
+    where the folder or its images do not fit."""
     splits, kinds = [], []
     for training, wanted in ((True, subset), (False, test_subset)):
         images, labels, classes = split_of(dataset, data_dir, training)
@@ -398,7 +380,7 @@ def load_data(dataset, data_dir, subset, test_subset, device):
         raise Refused(f"argument --data-dir: {data_dir}: training and test images differ in their "
                       f"classes or pixels: {' '.join(map(str, odd))}")
     if isinstance(images, np.ndarray):
-        content = "".join("/".join(re.split(r"[/\\]", p)[-2:]) for p in images).encode()
+        content = "".join("/".join(p.replace("\\", "/").split("/")[-2:]) for p in images).encode()
         mean, std = IMAGENET_STATISTICS
     else:
         splits[0][0] = F.pad(images, (PAD,) * 4)
@@ -479,7 +461,6 @@ def say(*words):
         print(*words, flush=True)
 
 
-@contextlib.contextmanager
 def working_in(folder, machine):
     """Inside, no other train.py or retrain.py works in this run folder, which is made if need be.
 
@@ -492,8 +473,7 @@ def working_in(folder, machine):
     except sqlite3.OperationalError as problem:
         raise Refused(f"{folder}: another train.py or retrain.py works in this folder "
                       f"({problem})") from None
-    with contextlib.closing(lock):
-        yield
+    return contextlib.closing(lock)
 
 
 # ---- the dense run -------------------------------------------------------------------------------
@@ -544,8 +524,9 @@ def train(args, machine):
         say(f"{args.arch} on {args.dataset} ({data.fingerprint}; {len(data.test[1])} test images): "
             f"{parameters:,} parameters, {macs:,} MACs; {recipe['epochs']} epochs, x0.1 at "
             f"{recipe['milestones']}; {machine.device}, {settings['precision']}")
-        every = max(1, recipe["epochs"] // 18)            # counted from the end, as budgets are
-        keep = range(recipe["epochs"] % every or every, recipe["epochs"], every)
+        base, total = RECIPES[args.dataset], recipe["epochs"]
+        every, budget = max(1, total // 18), max(1, total * base["retrain"] // base["epochs"])
+        keep = range((total - budget) % every, total, every)     # among them retrain.py's default
         steps = math.ceil(len(data.train[1]) / recipe["batch_size"])
         curve, seconds = [], 0.0
         for curve, seconds in () if args.epochs == 0 else fit(
@@ -601,8 +582,7 @@ def command(main):
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
         os._exit(status)     # DDP leaves gloo's threads, on which Python's own end sometimes aborts
-    if status:
-        raise SystemExit(status)
+    sys.exit(status)
 
 
 def main(argv=None):
