@@ -185,11 +185,12 @@ def shrink(state, units, keep):
 
     keep: {conv name: int64 tensor of the filters that stay, ascending}. Names that `state` lacks
     are passed over, so a dict of momentum buffers is cut by the same call. Returns a new dict."""
+    state = dict(state)
     for unit in units:
         rows = keep.get(unit.conv, slice(None))
         stay = {f"{unit.conv}.weight": rows, f"{unit.reader}.weight": (slice(None), rows), **{
             f"{unit.bn}.{v}": rows for v in ("weight", "bias", "running_mean", "running_var")}}
-        state = {name: v[stay[name]] if name in stay else v for name, v in state.items()}
+        state |= {name: state[name][where] for name, where in stay.items() if name in state}
     return state
 
 

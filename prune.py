@@ -285,8 +285,9 @@ def main(argv=None):
              "seed": args.seed, "include_linear": args.include_linear,
              "calibration_images": args.calibration_images} for method in args.method]
     sources = args.checkpoint or [f"runs/shapes-resnet8-s0{'-dry' * args.dry_run}/dense.pt"]
-    todo = {target_of(source, checkpoint, how): (checkpoint, how) for source in sources
-            for checkpoint in [models.read(source, "dense", "pruned", "retrained")] for how in hows}
+    checkpoints = {s: models.read(s, "dense", "pruned", "retrained") for s in sources}
+    todo = {target_of(source, checkpoint, how): (checkpoint, how)
+            for source, checkpoint in checkpoints.items() for how in hows}
     machine = train.the_machine(args)
     for target, (checkpoint, how) in todo.items():
         pruned = prune(checkpoint, how, train.data_for(checkpoint, args, machine), machine)

@@ -85,7 +85,7 @@ def rewound(run, checkpoint):
     if epoch == 0:
         return models.build(recipe["arch"], checkpoint["classes"], recipe["seed"],
                             recipe["pretrained"]).state_dict(), {}
-    path = os.path.join(os.path.dirname(run.path), f"epoch-{epoch:03d}.pt")
+    path = train.snapshot_path(run.path, epoch)
     if not os.path.exists(path):
         kept = sorted(glob.glob(os.path.join(os.path.dirname(path), "epoch-*.pt")))
         raise Refused(f"argument --schedule: weight_rewind with {run.epochs} epochs needs {path}; "
@@ -351,6 +351,14 @@ def comparable(cells, key):
         for arm, runs in cells.get(other, {}).items()}}
 
 
+def differences(sides, found):
+    """The left side of a claim minus its right one, for each pair of which all is `found`."""
+    parts = [((-1) ** (i + j), found.get(name, {})) for i, side in enumerate(sides)
+             for j, name in enumerate(side.split(" - "))]
+    return [sum(sign * runs[pair]["test_accuracy"] for sign, runs in parts) for pair in parts[0][1]
+            if all(pair in runs for _, runs in parts)]
+
+
 def verdict(values, relation):
     """How the mean of `values` (differences, pp) stands to 0, with Student's 95 % interval."""
     if not values:
@@ -371,11 +379,7 @@ def claims(found, keys, arms):
     lines = {}
     for claim in (*CLAIMS, *(f"{arm} > {arm.split('/')[0]}" for arm in arms if "/" in arm)):
         left, relation, right = re.split(" (>|=|<=) ", claim)
-        signed = [((-1) ** (i + j), name) for i, side in enumerate((left, right))
-                  for j, name in enumerate(side.split(" - "))]
-        values = [[sum(sign * rows[name][pair]["test_accuracy"] for sign, name in signed)
-                   for pair in rows.get(signed[0][1], ())
-                   if all(pair in rows.get(name, ()) for _, name in signed)] for rows in found]
+        values = [differences((left, right), rows) for rows in found]
         if any(values):
             lines[f"`{claim}`"] = [verdict(some, relation) for some in values]
     return table("claim", keys, lines) if lines else ""
@@ -452,8 +456,7 @@ def main(argv=None):
             if checkpoint["kind"] != "pruned":             # one of the default folder's others
                 continue
             recipe = checkpoint["recipe"]
-            base = train.RECIPES[recipe["dataset"]]
-            budgets = args.epochs or [max(1, recipe["epochs"] * base["retrain"] // base["epochs"])]
+            budgets = args.epochs or [train.budget(recipe)]
             for t, seed, schedule in itertools.product(budgets, args.seed, args.schedule):
                 wanted = Run(path, schedule, t, seed)
                 runs[wanted] = settings_of(wanted, checkpoint, args, machine)[1]

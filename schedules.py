@@ -177,8 +177,9 @@ def main(argv=None):
     args = flags.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")       # a pipe on Windows lacks the blocks
     recipe, steps = {**vars(args), "epochs": args.dense_epochs}, args.steps_per_epoch
-    curves = {name: [retrain(name, args.epochs, steps, recipe)(epoch * steps)[0]
-                     for epoch in range(args.epochs)] for name in RETRAIN}
+    schedules = {name: retrain(name, args.epochs, steps, recipe) for name in RETRAIN}
+    curves = {name: [at(epoch * steps)[0] for epoch in range(args.epochs)]
+              for name, at in schedules.items()}
     print("epoch", *(f"{name:>15}" for name in curves))
     for epoch, row in enumerate(zip(*curves.values())):
         print(f"{epoch:5}", *(f"{lr:15.6g}" for lr in row))

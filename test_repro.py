@@ -482,10 +482,11 @@ def test_recipes_subsets_and_generated_images(tmp_path, monkeypatch):
         assert [made[-1][k] for k in ("epochs", "milestones", "batch_size")] == wanted
         assert made[-1]["seed"] == 0
     monkeypatch.undo()
-    study(), monkeypatch.setattr(train, "fit", lambda *_, keep: fails(made.append([*keep])))
+    study()
+    folder = "train", "--dataset", "folder", "--data-dir", HOME / "data", "--out", tmp_path
+    monkeypatch.setattr(train, "fit", lambda *_, keep: fails(made.append([*keep])))
     for total in (36, 200, 335):                        # the default budget's snapshot is kept
-        call("train", "--dataset", "folder", "--data-dir", HOME / "data", "--epochs", total,
-             "--out", tmp_path)
+        call(*folder, "--epochs", total)
         assert total - total // 4 in made[-1] and 17 < len(made[-1]) < 21
     monkeypatch.undo()
     monkeypatch.setattr(torchvision.models, "get_model", lambda *names, **more: (names, more))
@@ -493,8 +494,7 @@ def test_recipes_subsets_and_generated_images(tmp_path, monkeypatch):
         ("resnet50",), {"weights": "IMAGENET1K_V1", "num_classes": 1000})
     monkeypatch.setattr(models, "build", lambda arch, classes, seed, _=0, build=models.build:
                         build(arch, classes, seed))
-    assert " after 0 epochs" in ok("train", "--dataset", "folder", "--data-dir", HOME / "data",
-                                   "--epochs", 0, "--pretrained", "--out", tmp_path)
+    assert " after 0 epochs" in ok(*folder, "--epochs", 0, "--pretrained")
 
 
 @pytest.mark.parametrize("epochs, milestones", [(1, []), (2, [1]), (3, [1, 2])])

@@ -100,8 +100,7 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
                       "train_accuracy": 100 * hits.sum().item() / seen,
                       "test_accuracy": evaluate(network, data, machine)})
         seconds += time.perf_counter() - began
-        beside = os.path.join(os.path.dirname(path), f"epoch-{epoch + 1:03d}.pt")
-        for file in [beside] * (epoch + 1 in keep) + [path]:
+        for file in [snapshot_path(path, epoch + 1)] * (epoch + 1 in keep) + [path]:
             models.save(file, {
                 "kind": "state", "settings": settings, "curve": curve, "seconds": seconds,
                 "model": network.state_dict(),
@@ -147,6 +146,11 @@ def optimizer_of(network, weight_decay, momentum=None):
         optimizer.state[parameter]["momentum_buffer"] = (
             torch.empty_like(parameter).detach().copy_(buffer))
     return optimizer
+
+
+def snapshot_path(path, epoch):
+    """Where the state after `epoch` epochs of a dense run is kept for weight rewinding."""
+    return os.path.join(os.path.dirname(path), f"epoch-{epoch:03d}.pt")
 
 
 def same_run(wanted, found, path):
@@ -501,6 +505,12 @@ def the_recipe(args):
     return recipe
 
 
+def budget(recipe):
+    """The usual t of retraining: as large a part of this dense run's T as in its data set's."""
+    base = RECIPES[recipe["dataset"]]
+    return max(1, recipe["epochs"] * base["retrain"] // base["epochs"])
+
+
 def train(args, machine):
     """The dense run: writes dense.pt, and the snapshots that weight rewinding needs."""
     recipe, data_dir = the_recipe(args), args.data_dir or "data"
@@ -524,9 +534,8 @@ def train(args, machine):
         say(f"{args.arch} on {args.dataset} ({data.fingerprint}; {len(data.test[1])} test images): "
             f"{parameters:,} parameters, {macs:,} MACs; {recipe['epochs']} epochs, x0.1 at "
             f"{recipe['milestones']}; {machine.device}, {settings['precision']}")
-        base, total = RECIPES[args.dataset], recipe["epochs"]
-        every, budget = max(1, total // 18), max(1, total * base["retrain"] // base["epochs"])
-        keep = range((total - budget) % every, total, every)     # among them retrain.py's default
+        total, every = recipe["epochs"], max(1, recipe["epochs"] // 18)
+        keep = range((total - budget(recipe)) % every, total, every)   # retrain.py's default, too
         steps = math.ceil(len(data.train[1]) / recipe["batch_size"])
         curve, seconds = [], 0.0
         for curve, seconds in () if args.epochs == 0 else fit(
