@@ -135,8 +135,7 @@ def resize(network, state):
 
 
 def count(network, side):
-    """(parameters, MACs): the conv and linear multiply-adds of one side x side image. Leaves the
-    network in eval mode."""
+    """(parameters, MACs: conv and linear, of one side x side image). Leaves it in eval mode."""
     image = next(network.parameters()).new_zeros(1, 3, side, side)
     with FlopCounterMode(display=False) as flops, torch.inference_mode():
         network.eval()(image)

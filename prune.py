@@ -61,10 +61,8 @@ def saliency(network, method, structure, names, seed, calibration=None):
     Filters: scores (filters,); weights: scores shaped like the weight. Larger stays.
       magnitude  L1 norm of the filter (PFEC, Li 2017); |w| (Han 2015)
       random     uniform, a function of `seed`
-      taylor     (sum over the filter of g*w)^2, or (g*w)^2, mean over mini-batches of 64
-                 (Molchanov 2019)
-      obd        h*w^2/2, h the empirical Fisher diagonal: the mean of g^2 over single images
-                 (LeCun 1990)
+      taylor     (sum of g*w)^2, or (g*w)^2, mean over mini-batches of 64 (Molchanov 2019)
+      obd        h*w^2/2, h = mean of g^2 over single images, the Fisher diagonal (LeCun 1990)
       hrank      filters only: mean rank of the feature map after BN and ReLU (Lin 2020)
     calibration: (images, labels) for the methods in NEED_DATA, as the network takes them."""
     def reduce(values):
@@ -235,8 +233,7 @@ def amount(how):
 
 
 def target_of(source, checkpoint, how):
-    """The file to write; refuses, before anything is computed, what cannot be done or would
-    overwrite something else."""
+    """The file to write; refuses in time what cannot be done or would overwrite another one."""
     earlier = checkpoint.get("pruning", how)["structure"]
     if earlier != how["structure"]:
         raise Refused(f"{source}: its {earlier} are pruned; go on with --structure {earlier}")

@@ -7,9 +7,9 @@
     python retrain.py --report runs/A runs/B           # the report again, from the rows alone
 
 A retraining is `train.fit` with other start weights (`start`) and another schedule
-(`schedules.retrain`); everything else comes from the dense run's recipe, so that all arms share
-batch size, weight decay, data order and budget. Each finished run adds one line to results.jsonl in
-its run folder, which says all that is needed to run it again. The same command goes on or is done.
+(`schedules.retrain`); all else is the dense run's, so that all arms share batch size, weight decay,
+data order and budget. Each finished run adds a line to results.jsonl in its run folder, which says
+all that is needed to run it again. The same command goes on or is done.
 """
 import argparse
 import contextlib
@@ -58,8 +58,7 @@ def start(run, checkpoint):
 
     The pruned weights; for weight_rewind the dense run's weights, BN buffers and momentum at epoch
     T - t, with the final weights' mask or filters (Renda 2020); for scratch a fresh initialisation
-    of the pruned shape (Liu 2019). masks: {weight name: bool}, the pruned network's non-zero
-    weights."""
+    of the pruned shape (Liu 2019). masks: {weight name: bool}, where the pruned one is not 0."""
     network = models.restore(checkpoint)
     masks, momentum = {}, None
     if checkpoint["pruning"]["structure"] == "weights":
@@ -78,8 +77,7 @@ def start(run, checkpoint):
 
 
 def rewound(run, checkpoint):
-    """(weights and buffers, momentum) of the dense run before epoch max(0, T - t): how it began, or
-    as train.py kept it in the run folder."""
+    """(weights and buffers, momentum) of the dense run after max(0, T - t) epochs."""
     recipe = checkpoint["recipe"]
     epoch = max(0, recipe["epochs"] - run.epochs)
     if epoch == 0:
@@ -136,11 +134,11 @@ def retrain(run, args, machine):
             network, data, schedule, {**settings, "data": checkpoint["settings"]["data"]},
             machine, target, masks, momentum):
         train.say(f"{train.describe(curve, seconds, epochs)}  {name}")
-    same = ("arch", "dense_test_accuracy", "params", "macs", "dense_params", "dense_macs", "recipe",
-            "distance", "removed")
     row = {
         "format": models.FORMAT, "run": name, "dataset": checkpoint["recipe"]["dataset"],
-        **{k: checkpoint[k] for k in same}, **how, **settings, "pruning_seed": how["seed"],
+        **{k: checkpoint[k] for k in ("arch", "dense_test_accuracy", "params", "macs", "recipe",
+                                      "dense_params", "dense_macs", "distance", "removed")},
+        **how, **settings, "pruning_seed": how["seed"],
         "sparsity": how["sparsity"][0] if len(how["sparsity"]) == 1 else how["sparsity"] or None,
         "test_accuracy": curve[-1]["test_accuracy"],
         "pruned_test_accuracy": checkpoint["test_accuracy"],
@@ -157,8 +155,7 @@ def retrain(run, args, machine):
 # ---- many runs: their rows, their processes ------------------------------------------------------
 
 def read_rows(folder):
-    """{run: row} of a folder's results.jsonl. What follows its last newline, a crash left: that
-    run's row is made again."""
+    """{run: row} of a folder's results.jsonl, without what a crash left behind its last newline."""
     path, rows = os.path.join(folder, "results.jsonl"), {}
     if not os.path.exists(path):
         return rows
@@ -228,8 +225,7 @@ def attempts(jobs, args, machine):
 
 
 def retrain_all(runs, args, machine):
-    """Every run of {Run: name} that is not there yet, round by round; rows are written as they
-    come. Returns how many failed."""
+    """Makes the rows of {Run: name} that are not there yet; returns how many runs failed."""
     with contextlib.ExitStack() as stack:
         rows, todo, failed = {}, [], 0
         for folder in {os.path.dirname(run.path) for run in runs}:
@@ -270,8 +266,7 @@ def cells(rows):
     """{(network, what was pruned, by what, budget): {arm: {pair: row}}}: what can be compared.
 
     arm: the schedule, with what is not as published. pair: what two compared runs share, the dense
-    network and the seeds. A finetune run, whose learning rate is constant, is by the start of its
-    curve also a run of each shorter budget."""
+    network and the seeds. The start of a finetune run is also one of each shorter budget."""
     found, budgets = {}, sorted({r["budget"] for r in rows})
     shorter = [{**r, "budget": t, "curve": r["curve"][:t],
                 "test_accuracy": r["curve"][t - 1]["test_accuracy"]}

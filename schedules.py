@@ -66,9 +66,8 @@ def dense(recipe, steps_per_epoch, stretch=1.0):
     """The dense run's own schedule as a function `step -> (lr, momentum)`.
 
     recipe: dict with lr, schedule (one of DENSE; default step), epochs (not for constant),
-    milestones (epochs of the x0.1 drops; step only), momentum (default 0.9). stretch: 2.0 makes
-    everything happen twice as late. `linear` and `one_cycle` change at every step, the others once
-    an epoch."""
+    milestones (epochs of the x0.1 drops; step only), momentum (default 0.9). stretch: 2.0 makes all
+    happen twice as late. `linear` and `one_cycle` change at every step, others once an epoch."""
     recipe = Recipe(recipe)
     kind, peak, momentum = recipe.get("schedule", "step"), recipe["lr"], recipe.get("momentum", 0.9)
     if kind not in DENSE:

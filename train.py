@@ -296,8 +296,7 @@ def shapes(count, seed):
 
 
 def split_of(name, data_dir, training):
-    """(images, labels, class names) of a data set's training or test images: uint8 (n, 3, side,
-    side), or an array of file paths."""
+    """(images: uint8 (n, 3, side, side) or an array of file paths; labels; names of classes)."""
     if name == "shapes":
         images, labels = shapes(*((3000, 0) if training else (2000, 1)))
         return images, labels.numpy(), list(range(10))
@@ -331,12 +330,11 @@ def balanced(labels, count):
 
 
 def decode(path):
-    """One image file as PIL RGB. Raises Refused, naming it, if it cannot be read; PIL would make
-    16-bit PNGs almost white."""
+    """One image file as PIL RGB. Raises Refused, naming it, if it cannot be read."""
     from torchvision.datasets.folder import default_loader
     with open(path, "rb") as file:
         start = file.read(25)
-    if start[:4] == b"\x89PNG" and start[24:] == b"\x10":
+    if start[:4] == b"\x89PNG" and start[24:] == b"\x10":       # PIL would make it almost white
         raise Refused(f"{path}: has 16 bits a channel; convert it to 8")
     try:
         return default_loader(path)
@@ -366,8 +364,7 @@ def statistics_of(images):
 
 @functools.lru_cache(1)
 def load_data(dataset, data_dir, subset, test_subset, device):
-    """A data set, with so many training and test images (None: all), as `Data`. Raises Refused
-    where the folder or its images do not fit."""
+    """A `Data` of so many training and test images (None: all); Refused if they do not fit."""
     splits, kinds = [], []
     for training, wanted in ((True, subset), (False, test_subset)):
         images, labels, classes = split_of(dataset, data_dir, training)
@@ -403,8 +400,8 @@ def data_for(checkpoint, args, machine):
     data = load_data(recipe["dataset"], data_dir, recipe["subset"], recipe["test_subset"],
                      machine.device)
     if data.fingerprint != known:
-        raise Refused(f"argument --data-dir: {data_dir} holds {data.fingerprint}, but the network "
-                      f"was trained on {known}")
+        raise Refused(f"argument --data-dir: {data_dir}: {data.fingerprint}, "
+                      f"but the network was trained on {known}")
     return data
 
 
@@ -428,8 +425,7 @@ def the_machine(args):
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if rank >= world:
-        raise Refused(f"environment: RANK={rank} of WORLD_SIZE={world}: start with torchrun, which "
-                      "sets them, or unset them")
+        raise Refused(f"environment: RANK={rank} of WORLD_SIZE={world}: start with torchrun")
     device, gpus = torch.device(args.device), torch.accelerator.device_count()
     if device.type != "cpu":
         torch.accelerator.set_device_index(local % gpus)
@@ -538,9 +534,9 @@ def train(args, machine):
         keep = range((total - budget(recipe)) % every, total, every)   # retrain.py's default, too
         steps = math.ceil(len(data.train[1]) / recipe["batch_size"])
         curve, seconds = [], 0.0
+        schedule = schedules.dense(recipe, steps)
         for curve, seconds in () if args.epochs == 0 else fit(
-                network, data, schedules.dense(recipe, steps), settings, machine, target,
-                keep=keep):
+                network, data, schedule, settings, machine, target, keep=keep):
             say(describe(curve, seconds, recipe["epochs"]))
         accuracy = (curve[-1]["test_accuracy"] if curve else
                     evaluate(network.to(machine.device), data, machine))
@@ -575,8 +571,7 @@ def parser(doc, files=""):
 
 
 def command(main):
-    """Run `main()`; turn input that cannot be used, and a disk that fails, into one line, status 2.
-    Ctrl-C ends it with status 130."""
+    """Run `main()`; unusable input, or a failing disk, is one line and status 2; Ctrl-C is 130."""
     sys.stdout.reconfigure(errors="backslashreplace")        # a file's name may be any bytes
     status = 0
     try:
