@@ -50,6 +50,9 @@ CIFAR = {"schedule": "step", "epochs": 160, "lr": 0.1, "milestones": [80, 120], 
 README = (HERE / "README.md").read_text()
 BLOCKS = re.findall(r"```(python)?\n(.*?)```", README, re.S)
 GOLDEN = """e 0 1 3 7 8 20 32 36 40 54 60 71
+lr_rewind .01 .01 .01 .01 .01 .01 .001 .001 .001 .001 .001 .001
+one_cycle .001 .0056393861 .037699576 .099813971 .099962281 .090676733 .068009194 .058683488 \
+.049032431 .017866459 .0082330837 6.8593579e-5
 slr .001 .005902041 .039485214 .1 .1 .1 .1 .1 .01 .01 .001 .001
 linear 0 .0046852657 .037063539 .099810679 .098764652 .08024628 .061727908 .055555117 \
 .049382326 .027777559 .018518372 .0015431977"""
@@ -962,7 +965,15 @@ def test_processes_add_their_losses_and_share_the_first_ones_statistics(tmp_path
     with pytest.raises(OSError):        # a process that goes on alone would make the others wait
         retrain.attempt(retrain.Run("", "slr", 1, 0), None, CPU._replace(world=2))
     monkeypatch.setenv("RANK", "1")
-    assert "environment: RANK=1 of WORLD_SIZE=1: start with torchrun" in call("train")[2]
+    assert "environment: RANK=1 of WORLD_SIZE=1: start with torchrun or unset" in call("train")[2]
+
+
+def test_a_failing_run_is_tried_again(tmp_path):
+    argv = command(tmp_path, "finetune", "filters", "--seed", 0, 1, 2)
+    with nth(train, "fit", 1, fails):
+        assert "seed=1: No space" in call(*argv)[2]
+    assert [r["seed"] for r in read_rows(tmp_path / "run").values()] == [0, 2]
+    assert ok(*argv).count("done already") == 2 and len(read_rows(tmp_path / "run")) == 3
 
 
 @pytest.fixture

@@ -425,7 +425,8 @@ def the_machine(args):
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if rank >= world:
-        raise Refused(f"environment: RANK={rank} of WORLD_SIZE={world}: start with torchrun")
+        raise Refused(f"environment: RANK={rank} of WORLD_SIZE={world}: start with torchrun or "
+                      "unset both")
     device, gpus = torch.device(args.device), torch.accelerator.device_count()
     if device.type != "cpu":
         torch.accelerator.set_device_index(local % gpus)
@@ -532,9 +533,8 @@ def train(args, machine):
             f"{recipe['milestones']}; {machine.device}, {settings['precision']}")
         total, every = recipe["epochs"], max(1, recipe["epochs"] // 18)
         keep = range((total - budget(recipe)) % every, total, every)   # retrain.py's default, too
-        steps = math.ceil(len(data.train[1]) / recipe["batch_size"])
+        schedule = schedules.dense(recipe, math.ceil(len(data.train[1]) / recipe["batch_size"]))
         curve, seconds = [], 0.0
-        schedule = schedules.dense(recipe, steps)
         for curve, seconds in () if args.epochs == 0 else fit(
                 network, data, schedule, settings, machine, target, keep=keep):
             say(describe(curve, seconds, recipe["epochs"]))
