@@ -315,17 +315,17 @@ def accuracies(corner, found, keys, arms):
 STUDENT = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 SAME = 1        # pp: two arms are called equal if the whole interval is within this of 0
 
-# What the paper, and in the last two this study, claims of the accuracies of a cell's arms; what
+# What the paper, and in the last three this study, claims of the accuracies of a cell's arms; what
 # stands behind a slash, `comparable` explains.
 CLAIMS = (
     "lr_rewind > finetune", "slr > finetune", "slr = lr_rewind",       # the rate, not the rewinding
     "one_cycle > finetune", "one_cycle > lr_rewind", "one_cycle > weight_rewind", "one_cycle > slr",
-    "finetune <= finetune/first",                       # more epochs do not help a small rate
-    "one_cycle/first > finetune",                       # nor do they replace a large one
+    "finetune <= finetune/first", "one_cycle/first > finetune",     # epochs do not replace the rate
     "one_cycle > dense", "dense > finetune",            # only a large rate recovers all accuracy
     "one_cycle/random > finetune",                      # the schedule matters more than the method
     "one_cycle > one_cycle/random",                     # which matters still, but less:
     "finetune - finetune/random > one_cycle - one_cycle/random",
+    "linear = one_cycle",                               # a line down does as well as the cosine
     "one_cycle > one_cycle/unpruned",                   # and what is more than longer training
     "one_cycle - finetune > one_cycle/unpruned - finetune/unpruned",
 )
