@@ -376,12 +376,14 @@ def test_criteria_against_single_sample_gradients_and_numpy_and_what_they_keep()
             ("hrank", "filters", torch.tensor(np.linalg.matrix_rank(maps.numpy()).mean(0)))):
         scores = prune.saliency(network, method, structure, [name], 0, (x, y))
         torch.testing.assert_close(scores[name].double(), reference, rtol=1e-6, atol=1e-14)
-    scores = {"a": torch.tensor([1., 3., 2.]), "b": torch.tensor([60., 100.])}
-    for scope, counts, kept in (("global", (1, 1), [[1], [1]]), ("global", (2, 1), [[1, 2], [1]]),
-                                ("global", (0, 5), [[0, 1, 2], [0, 1]]),
-                                ("layer", (2, 1), [[1, 2], [1]])):
-        found = prune.keep_filters(scores, dict(zip("ab", counts)), scope)
-        assert [found[c].tolist() for c in "ab"] == kept
+    scores = {"a": torch.tensor([1., 3., 2.]), "b": torch.tensor([60., 100.]),
+              "c": torch.tensor([5.] + 8 * [4.])}
+    for scope, counts, kept in (("global", (1, 1, 1), [[1], [1], [0]]),
+                                ("global", (2, 1, 1), [[1, 2], [1], [0]]),
+                                ("global", (0, 5, 9), [[0, 1, 2], [0, 1], [*range(9)]]),
+                                ("layer", (2, 1, 1), [[1, 2], [1], [0]])):
+        found = prune.keep_filters(scores, dict(zip("abc", counts)), scope)
+        assert [found[c].tolist() for c in "abc"] == kept
 
 
 def test_augmentation_against_a_slow_reference_and_its_draws_are_uniform():
