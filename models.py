@@ -6,10 +6,13 @@
 A filter-pruned network is described by the shapes of its tensors (`resize`). So removing filters is
 an operation on a state dict (`shrink`), and serves weights, rewound weights and momentum alike.
 """
+import contextlib
+import glob
 import hashlib
 import io
 import os
 import re
+import uuid
 from typing import NamedTuple
 
 import torch
@@ -19,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from schedules import Refused
 
-FORMAT = 2                                                  # of checkpoints and of result rows
+FORMAT = 3                                                  # of checkpoints and of result rows
 IMAGENET = ("resnet18", "resnet34", "resnet50")             # torchvision's
 
 
@@ -77,23 +80,24 @@ class VGG16(nn.Sequential):
                      nn.Linear(512, classes)])
 
 
-def build(arch, classes, seed=0, pretrained=False):
-    """A freshly initialised network by name: resnet18/34/50 (torchvision's, ImageNet layout),
-    resnet{6n+2} (CIFAR layout), vgg16; with seed None it has torch's initialisation.
+def build(arch, classes, seed=0, pretrained=None):
+    """A network by name: resnet18/34/50 (torchvision's, ImageNet layout), resnet{6n+2} (CIFAR
+    layout), vgg16.
 
-    pretrained: with torchvision's weights, always V1: its default is V2 for ResNet-50, of another
-    recipe (80.86 against 76.13 %). Raises Refused for another name and if there are no weights."""
+    classes     how many answers
+    seed        of the fresh weights (`initialise`); None leaves torch's own initialisation
+    pretrained  None; "torchvision": its weights of ImageNet, with a fresh last layer for other than
+                1000 classes; or a file with a state dict, see `read_weights`
+
+    torchvision's weights are always V1: its default is V2 for ResNet-50, of another recipe (80.86
+    against 76.13 %). Raises Refused for an unknown name, and for weights that are not to be had or
+    do not fit."""
     depth = re.fullmatch(r"resnet([1-9]\d{0,3})", arch)
-    if pretrained and (arch not in IMAGENET or classes != 1000):
-        raise Refused(f"argument --pretrained: there are weights of {', '.join(IMAGENET)} for 1000 "
-                      f"classes, none of {arch} for {classes}")
+    if pretrained == "torchvision" and arch not in IMAGENET:
+        raise Refused(f"argument --pretrained: torchvision has weights of {', '.join(IMAGENET)}, "
+                      f"none of {arch}; name a file")
     if arch in IMAGENET:
-        from torchvision.models import get_model    # here, because it takes two seconds to import
-        try:
-            network = get_model(arch, weights="IMAGENET1K_V1" if pretrained else None,
-                                num_classes=classes)
-        except (OSError, RuntimeError) as problem:
-            raise Refused(f"argument --pretrained: cannot be fetched: {problem}") from None
+        network = torchvision_resnet(arch, classes, pretrained == "torchvision")
     elif arch == "vgg16":
         network = VGG16(classes)
     elif depth and 2 < int(depth[1]) <= 1202 and int(depth[1]) % 6 == 2:
@@ -101,7 +105,64 @@ def build(arch, classes, seed=0, pretrained=False):
     else:
         raise Refused(f"argument --arch: unknown network {arch!r}; known: resnet8, resnet20, "
                       f"resnet56 … resnet1202 (6n+2), {', '.join(IMAGENET)}, vgg16")
-    return network if pretrained or seed is None else initialise(network, seed)
+    if pretrained == "torchvision":
+        if classes != 1000:
+            network.fc = initialise(nn.Linear(network.fc.in_features, classes), seed or 0)
+    elif pretrained:
+        read_weights(network, pretrained)
+    elif seed is not None:
+        initialise(network, seed)
+    return network
+
+
+def torchvision_resnet(arch, classes, pretrained):
+    """torchvision's ResNet, if `pretrained` with its V1 weights and 1000 classes."""
+    from torchvision.models import get_model    # here, because it takes two seconds to import
+    if not pretrained:
+        return get_model(arch, weights=None, num_classes=classes)
+    try:
+        return get_model(arch, weights="IMAGENET1K_V1")
+    except (OSError, RuntimeError) as problem:
+        raise Refused(f"argument --pretrained: cannot be fetched: {problem}") from None
+
+
+def read_weights(network, path):
+    """Load a state dict that other code has saved into `network`, in place.
+
+    It may be bare or under "state_dict" or "model", its names with DataParallel's "module." in
+    front or without. Raises Refused for a file that is no state dict, and for names or shapes that
+    do not fit, naming the first few."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:                # torch raises a dozen kinds, all with one meaning
+        raise Refused(f"argument --pretrained: {path}: not a file of weights that torch.load reads "
+                      f"with weights_only ({type(problem).__name__})") from None
+    for key in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict):
+        raise Refused(f"argument --pretrained: {path}: holds a {type(found).__name__}, "
+                      "not a state dict")
+    found = {str(name).removeprefix("module."): value for name, value in found.items()}
+    wanted = network.state_dict()
+    differ = []
+    for name in dict.fromkeys([*wanted, *found]):
+        optional = name.endswith("num_batches_tracked")
+        here = shape_of(wanted.get(name))
+        there = shape_of(found.get(name))
+        if here != there and not optional:
+            differ.append(f"{name} (the network: {here}, the file: {there})")
+    if differ:
+        raise Refused(f"argument --pretrained: {path}: {len(differ)} tensors do not fit: "
+                      f"{', '.join(differ[:4])}")
+    network.load_state_dict({name: found.get(name, value) for name, value in wanted.items()})
+
+
+def shape_of(value):
+    """The shape of a tensor as text, or what stands in its place."""
+    if not isinstance(value, torch.Tensor):
+        return "none"
+    return "x".join(map(str, value.shape)) or "a number"
 
 
 def initialise(network, seed):
@@ -118,18 +179,24 @@ def initialise(network, seed):
 
 
 def resize(network, state):
-    """Give `network` the tensors of `state` and so their widths; returns it, in eval mode.
+    """Load `state` into `network`, resizing layers to the tensors' shapes. Returns the network, in
+    eval mode.
 
     state: {name: tensor} as of `network.state_dict()`, filters taken out by `shrink`."""
     for name, value in state.items():
         where, _, key = name.rpartition(".")
-        module, value = network.get_submodule(where), value.clone()
-        setattr(module, key, nn.Parameter(value) if key in ("weight", "bias") else value)
-        if key == "weight" and isinstance(module, nn.Conv2d):
+        module = network.get_submodule(where)
+        value = value.clone()
+        if key in ("weight", "bias"):
+            value = nn.Parameter(value, requires_grad=getattr(module, key).requires_grad)
+        setattr(module, key, value)
+        if key != "weight":
+            continue
+        if isinstance(module, nn.Conv2d):
             module.out_channels, module.in_channels = value.shape[:2]
-        elif key == "weight" and isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = value.shape
-        elif key == "weight":
+        else:
             module.num_features = len(value)
     return network.eval()
 
@@ -139,7 +206,8 @@ def count(network, side):
     image = next(network.parameters()).new_zeros(1, 3, side, side)
     with FlopCounterMode(display=False) as flops, torch.inference_mode():
         network.eval()(image)
-    return sum(p.numel() for p in network.parameters()), flops.get_total_flops() // 2
+    parameters = sum(p.numel() for p in network.parameters())
+    return parameters, flops.get_total_flops() // 2
 
 
 # ---- what can be pruned, and filter surgery ------------------------------------------------------
@@ -154,47 +222,90 @@ class Unit(NamedTuple):
 
 
 def prunable(network):
-    """The prunable convs in order (list of Unit): the first conv of a basic block, the first two of
-    a bottleneck, so that the residual stream keeps its width (Li 2017); every conv of VGG-16.
-    Raises Refused for any other network: who reads which filter has to be known, not guessed."""
-    units, number = [], 1
+    """The prunable convs in order, a list of Unit (Li 2017).
+
+    Raises Refused for a network whose filters cannot be removed here: who reads which filter has to
+    be known, not guessed."""
+    units = []
     if isinstance(network, CifarResNet) or type(network).__module__ == "torchvision.models.resnet":
-        for name, module in network.named_modules():
-            inner = {"BasicBlock": 1, "Bottleneck": 2}.get(type(module).__name__)
-            if inner:
-                units += [Unit(f"{name}.conv{i}", f"{name}.bn{i}", f"{name}.conv{i + 1}",
-                               int(name[5]), number + i) for i in range(1, inner + 1)]
-                number += inner + 1
+        units = resnet_units(network)
     elif isinstance(network, VGG16):
-        layers = [(i, m) for i, m in enumerate(network) if isinstance(m, (nn.Conv2d, nn.Linear))]
-        units = [Unit(str(i), str(i + 1), str(layers[k + 1][0]),
-                      1 + sum(isinstance(m, nn.MaxPool2d) for m in [*network][:i]), k + 1)
-                 for k, (i, layer) in enumerate(layers) if isinstance(layer, nn.Conv2d)]
-    # Grouped convs, or a Linear that reads several pixels of a filter, have other columns.
-    if not units or any(network.get_submodule(u.reader).weight.shape[1]
-                        != network.get_submodule(u.conv).out_channels for u in units):
+        units = vgg_units(network)
+    made = [name for name, _ in network.named_parameters()     # of others: masked or parametrized
+            if not name.endswith(("weight", "bias"))]
+    if not units or made or not all(cuttable(network, unit) for unit in units):
         raise Refused(f"{type(network).__name__}: its filters cannot be removed here, only those "
                       "of models.build and of torchvision's ResNets without grouped convs; unwrap "
-                      "a DataParallel (.module), and for others use Torch-Pruning")
+                      "a DataParallel (.module), make torch.nn.utils.prune's masks permanent "
+                      "(prune.remove), and for others use Torch-Pruning")
     return units
+
+
+def resnet_units(network):
+    """The first conv of each basic block, the first two of each bottleneck, so that the residual
+    stream keeps its width."""
+    units = []
+    number = 1                                          # the stem
+    for stage in (1, 2, 3, 4):
+        for place, block in enumerate(getattr(network, f"layer{stage}", ())):
+            name = f"layer{stage}.{place}"
+            convs = 3 if hasattr(block, "conv3") else 2
+            for i in range(1, convs):
+                units.append(Unit(f"{name}.conv{i}", f"{name}.bn{i}", f"{name}.conv{i + 1}",
+                                  stage, number + i))
+            number += convs
+    return units
+
+
+def vgg_units(network):
+    """Every conv; the last one's reader is the first Linear."""
+    units = []
+    stage = 1
+    layers = [str(i) for i, m in enumerate(network) if isinstance(m, (nn.Conv2d, nn.Linear))]
+    for i, module in enumerate(network):
+        if isinstance(module, nn.MaxPool2d):
+            stage += 1
+        elif isinstance(module, nn.Conv2d):
+            number = len(units) + 1
+            units.append(Unit(str(i), str(i + 1), layers[number], stage, number))
+    return units
+
+
+def cuttable(network, unit):
+    """Is a unit what it looks like? Not with another norm than BN, nor with grouped convs or a
+    Linear that reads several pixels of a filter: these have other columns."""
+    columns = network.get_submodule(unit.reader).weight.shape[1]
+    return (isinstance(network.get_submodule(unit.bn), nn.BatchNorm2d)
+            and columns == network.get_submodule(unit.conv).out_channels)
 
 
 def shrink(state, units, keep):
     """Take filters out of a state dict: the conv's rows, its BN's vectors, its reader's columns.
 
-    keep: {conv name: int64 tensor of the filters that stay, ascending}. Names that `state` lacks
-    are passed over, so a dict of momentum buffers is cut by the same call. Returns a new dict."""
+    state  {name: tensor}; names that it lacks are passed over, so that a dict of momentum buffers
+           is cut by the same call
+    units  as of `prunable`
+    keep   {conv name: int64 tensor of the filters that stay, ascending}
+
+    Returns a new dict."""
     state = dict(state)
+
+    def cut(name, index):
+        if name in state:
+            state[name] = state[name][index]
+
     for unit in units:
-        rows = keep.get(unit.conv, slice(None))
-        stay = {f"{unit.conv}.weight": rows, f"{unit.reader}.weight": (slice(None), rows), **{
-            f"{unit.bn}.{v}": rows for v in ("weight", "bias", "running_mean", "running_var")}}
-        state |= {name: state[name][where] for name, where in stay.items() if name in state}
+        if unit.conv in keep:
+            rows = keep[unit.conv]
+            cut(f"{unit.conv}.weight", rows)
+            cut(f"{unit.reader}.weight", (slice(None), rows))
+            for vector in ("weight", "bias", "running_mean", "running_var"):
+                cut(f"{unit.bn}.{vector}", rows)
     return state
 
 
-def weight_names(network, include_linear=False):
-    """Names of the tensors that weight pruning ranks: all conv weights, optionally Linear ones."""
+def weight_names(network, include_linear=True):
+    """Names of the tensors that weight pruning can take from: all conv weights, Linear ones too."""
     kinds = (nn.Conv2d, nn.Linear) if include_linear else nn.Conv2d
     return [f"{name}.weight" for name, m in network.named_modules() if isinstance(m, kinds)]
 
@@ -208,53 +319,109 @@ def digest(state):
 
 
 # ---- files ---------------------------------------------------------------------------------------
+# A checkpoint is a dict: format, arch, classes, side, mean, std, data_dir, model (a state dict).
+# Each script adds one key: `dense` (train.py), `pruning` (prune.py), `retraining` (retrain.py).
+# Beside a run in progress lies its state (….state.pt): settings, curve, seconds, model, momentum.
+
+def state_path(path):
+    """Where the state of the run that will write the checkpoint `path` is kept in the meantime."""
+    return os.path.splitext(path)[0] + ".state.pt"
+
 
 def write(path, data):
     """Put bytes at `path` so that a reader sees the old file or the whole new one, never a part.
-    Of several processes (torchrun) only the first one writes."""
-    if int(os.environ.get("RANK", 0)) > 0:
+
+    Several processes may write one path: each has a temporary file of its own, and removes what
+    killed ones left. Of the processes of torchrun only the first one writes."""
+    if not first_process():
         return
-    with open(f"{path}.tmp", "wb") as file:       # a killed writer's is written over by the next
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    while True:
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.replace(temporary, path)
+            break
+        except FileNotFoundError:           # swept away by another process that was faster: again
+            continue
+    for leftover in glob.glob(glob.escape(path) + ".*.tmp"):
+        remove(leftover)
+
+
+def first_process():
+    """Is this the only process of its run, or, of torchrun's, the one that speaks and writes?"""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
+def remove(path):
+    """Remove a file, if it is there. Of the processes of torchrun only the first one does."""
+    if first_process():
+        with contextlib.suppress(OSError):      # another one was faster, or has it open
+            os.unlink(path)
+
+
+def tidy(path):
+    """Remove what a finished run, or one that was killed, left beside its checkpoint `path`: the
+    state, and half-written files."""
+    remove(state_path(path))
+    for leftover in glob.glob(glob.escape(os.path.splitext(path)[0]) + ".*.tmp"):
+        remove(leftover)
 
 
 def save(path, checkpoint):
-    """Write a checkpoint, a dict of plain values and tensors: `torch.save` bytes, then their
-    SHA-256. Plain `torch.load(path)` opens it. Raises Refused for a tensor that is not finite."""
+    """Write a checkpoint: `torch.save` bytes, then their SHA-256. Plain `torch.load(path)` opens
+    it. Raises Refused for a tensor that is not finite."""
     def on_cpu(value):
         if isinstance(value, dict):
             return {k: on_cpu(v) for k, v in value.items()}
-        if isinstance(value, torch.Tensor) and not value.isfinite().all():
+        if not isinstance(value, torch.Tensor):
+            return value
+        if not value.isfinite().all():
             raise Refused(f"{path}: not written, its weights are not finite; try a smaller --lr")
-        return value.detach().cpu() if isinstance(value, torch.Tensor) else value
+        return value.detach().cpu()
+
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **on_cpu(checkpoint)}, buffer)
     data = buffer.getvalue()
     write(path, data + hashlib.sha256(data).digest())
 
 
-def read(path, *kinds):
+def read(path, key="model"):
     """The checkpoint dict at `path`, tensors on the CPU. Nothing but plain types is unpickled
-    (weights_only). Raises Refused for a damaged or foreign file, and for another kind than `kinds`,
-    if any are given."""
+    (weights_only). Raises Refused for a file that is not there, is damaged, of another format, or
+    lacks `key`."""
     if not os.path.isfile(path):
+        if os.path.isfile(state_path(path)):
+            raise Refused(f"{path}: that run is not finished; give its command again first")
         raise Refused(f"{path}: no such checkpoint; train.py and prune.py write them")
     with open(path, "rb") as file:
         data = file.read()
-    try:
-        whole = hashlib.sha256(data[:-32]).digest() == data[-32:]
-        checkpoint = whole and torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        known = checkpoint["format"] == FORMAT
-    except Exception:             # torch raises a dozen kinds, all with one meaning here
-        known = False
-    if not known:
+    checkpoint = {}
+    if hashlib.sha256(data[:-32]).digest() == data[-32:]:
+        try:
+            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception:         # torch raises a dozen kinds, all with one meaning here
+            pass
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise Refused(f"{path}: not a checkpoint of format {FORMAT}, or damaged; write it again")
-    if kinds and checkpoint["kind"] not in kinds:
-        raise Refused(f"{path}: is a {checkpoint['kind']} checkpoint, not {' or '.join(kinds)}")
+    if key not in checkpoint:
+        raise Refused(f"{path}: has no {key!r}, it is another kind of checkpoint")
     return checkpoint
+
+
+def read_state(path):
+    """The state of an unfinished run, or None if there is none."""
+    if not os.path.isfile(path):
+        return None
+    try:
+        return read(path, "momentum")
+    except Refused:
+        if os.path.isfile(path):
+            raise
+        return None                         # another process has just finished the same run
 
 
 def restore(checkpoint):
@@ -267,4 +434,4 @@ def restore(checkpoint):
 def load(path):
     """The network of any checkpoint this project writes, a pruned one at its true size, in eval
     mode. Input: (n, 3, side, side) floats, normalised with the checkpoint's mean and std."""
-    return restore(read(path, "dense", "pruned", "retrained"))
+    return restore(read(path, "dense"))

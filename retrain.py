@@ -1,31 +1,29 @@
 #!/usr/bin/env python3
 """Retrain pruned networks: start weights x learning-rate schedule, as many as wanted, one table.
 
-    python retrain.py                                  # the default run's pruned networks
+    python retrain.py                                  # the default run's networks
     python retrain.py PRUNED.pt --schedule finetune one_cycle --epochs 40 72 --seed 0 1 2 --jobs 2
     python retrain.py PRUNED.pt --schedule slr --rounds 8        # retrain, prune again, retrain …
     python retrain.py --report runs/A runs/B           # the report again, from the rows alone
 
 A retraining is `train.fit` with other start weights (`start`) and another schedule
 (`schedules.retrain`); all else is the dense run's, so that all arms share batch size, weight decay,
-data order and budget. Each finished run adds a line to results.jsonl in its run folder, which says
-all that is needed to run it again. The same command goes on or is done.
+data order and budget. A dense network is retrained alike, for comparison. What is made from X.pt
+lies in the folder X/, what is made from dense.pt beside it; a result is a checkpoint and a row, the
+same without tensors as JSON, which says all that is needed to run it again.
 """
 import argparse
-import contextlib
 import glob
 import hashlib
-import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import signal
+import subprocess
 import sys
-import threading
+import tempfile
 import time
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,147 +33,241 @@ import models
 import prune
 import schedules
 import train
-from schedules import Refused, number
+from schedules import SCHEDULES, Refused, number
 
-DEFAULT = ["finetune", "weight_rewind", "lr_rewind", "slr", "one_cycle"]
-EVERY = (*schedules.RETRAIN, "scratch_e", "scratch_b")
+DEFAULT = ("finetune", "weight_rewind", "lr_rewind", "one_cycle")
+DEFAULT_UNPRUNED = ("one_cycle",)     # the others would hardly move, or repeat the dense run's end
 
 
 # ---- one retraining, from start to row -----------------------------------------------------------
 
 class Run(NamedTuple):
-    """What the command line asks for; what else defines a run comes from the pruned network."""
-    path: str           # of the pruned network
+    """A retraining that the command line asks for."""
+    source: str         # the checkpoint to retrain, dense or pruned
     schedule: str
-    epochs: int         # the budget t
+    budget: int         # t
     seed: int
-    round: int = 1
-    before: str = ""    # in later rounds: the file that the last one wrote
 
 
 def start(run, checkpoint):
     """(network, momentum, masks) from which a variant starts.
 
-    The pruned weights; for weight_rewind the dense run's weights, BN buffers and momentum at epoch
-    T - t, with the final weights' mask or filters (Renda 2020); for scratch a fresh initialisation
-    of the pruned shape (Liu 2019). masks: {weight name: bool}, where the pruned one is not 0."""
+    The checkpoint's weights; for weight_rewind the dense run's weights, BN buffers and momentum at
+    epoch T - t, with the final weights' mask or filters (Renda 2020); for the scratch ones a fresh
+    initialisation of the pruned shape (Liu 2019). masks: {weight name: bool}; what was ever pruned
+    is False."""
     network = models.restore(checkpoint)
-    masks, momentum = {}, None
-    if checkpoint["pruning"]["structure"] == "weights":
-        names = models.weight_names(network, checkpoint["pruning"]["include_linear"])
-        masks = {n: checkpoint["model"][n] != 0 for n in names}
+    momentum = None
+    pruning = checkpoint.get("pruning", {"structure": "nothing", "kept": {}})
+    masks = {}
+    if pruning["structure"] == "weights":
+        for name in models.weight_names(network):
+            if (checkpoint["model"][name] == 0).any():
+                masks[name] = checkpoint["model"][name] != 0
     if run.schedule == "weight_rewind":
-        units, kept = models.prunable(network), checkpoint["kept"]
-        model, momentum = (models.shrink(s, units, kept) for s in rewound(run, checkpoint))
+        model, momentum = rewound(run, checkpoint)
+        if pruning["kept"]:
+            units = models.prunable(network)
+            model = models.shrink(model, units, pruning["kept"])
+            momentum = models.shrink(momentum, units, pruning["kept"])
         network.load_state_dict(model)
     elif run.schedule.startswith("scratch"):
         models.initialise(network, run.seed)
-    with torch.no_grad():
-        for name, mask in masks.items():
-            network.get_parameter(name).mul_(mask)
+    for name, mask in masks.items():
+        network.get_parameter(name).data.mul_(mask)
     return network, momentum, masks
 
 
 def rewound(run, checkpoint):
     """(weights and buffers, momentum) of the dense run after max(0, T - t) epochs."""
-    recipe = checkpoint["recipe"]
-    epoch = max(0, recipe["epochs"] - run.epochs)
+    recipe = checkpoint["dense"]["recipe"]
+    epoch = max(0, recipe["epochs"] - run.budget)
     if epoch == 0:
-        return models.build(recipe["arch"], checkpoint["classes"], recipe["seed"],
-                            recipe["pretrained"]).state_dict(), {}
-    path = train.snapshot_path(run.path, epoch)
-    if not os.path.exists(path):
-        kept = sorted(glob.glob(os.path.join(os.path.dirname(path), "epoch-*.pt")))
-        raise Refused(f"argument --schedule: weight_rewind with {run.epochs} epochs needs {path}; "
-                      f"there is {' '.join(map(os.path.basename, kept)) or 'none'}")
-    snapshot = models.read(path, "state")
-    train.same_run(checkpoint["settings"], snapshot["settings"], path)
+        network = models.build(checkpoint["arch"], checkpoint["classes"], recipe["seed"],
+                               recipe["pretrained"])
+        return network.state_dict(), {}
+    path = snapshot_of(run.source, epoch)
+    if not path:
+        wanted = os.path.basename(train.snapshot_path("", epoch))
+        near = glob.glob(os.path.join(os.path.dirname(run.source), "epoch-*.pt"))
+        there = " ".join(sorted(map(os.path.basename, near))) or "none"
+        raise Refused(f"argument --schedule: weight_rewind with {run.budget} epochs needs {wanted} "
+                      f"of the dense run, beside {run.source} or above; there is {there}")
+    snapshot = models.read(path, "momentum")
+    dense = checkpoint["dense"]
+    train.same_run(train.run_settings(recipe, checkpoint["arch"], dense["precision"],
+                                      dense["data"]), snapshot["settings"], path)
     return snapshot["model"], snapshot["momentum"]
 
 
-def settings_of(run, checkpoint, args, machine):
-    """(all that defines a run, as plain values; its files' name, which ends with their hash)."""
-    recipe, schedule = checkpoint["recipe"], run.schedule
-    longer = {"scratch_e": recipe["epochs"] + run.epochs,                  # at equal cost, Liu 2019
-              "scratch_b": recipe["epochs"] * checkpoint["dense_macs"] // checkpoint["macs"]}
-    settings = {
-        "pruned": models.digest(checkpoint["model"]), "dense": checkpoint["dense_id"],
-        "round": run.round, "schedule": schedule, "budget": run.epochs,
-        "epochs": longer.get(schedule, run.epochs), "seed": run.seed,
-        **{key: getattr(args, key) if schedule in takers else None
-           for key, takers in schedules.TAKE.items()},
+def snapshot_of(source, epoch):
+    """The dense run's state after `epoch` epochs, in the folder of `source` or one above; or "".
+    """
+    for folder in Path(os.path.abspath(source)).parents:
+        path = train.snapshot_path(str(folder), epoch)
+        if os.path.exists(path):
+            return path
+    return ""
+
+
+def settings_of(run, checkpoint, args, machine, fingerprint):
+    """All that defines a retraining, as a dict of plain values."""
+    dense = checkpoint["dense"]
+    recipe = dense["recipe"]
+    _, options = SCHEDULES[run.schedule]
+    epochs = run.budget
+    if run.schedule == "scratch_e":         # as many as dense training and retraining; Liu's E: T
+        epochs += recipe["epochs"]
+    elif run.schedule == "scratch_b":       # as many MACs as the dense run (Liu 2019)
+        macs = checkpoint.get("pruning", dense)["macs"]
+        epochs = recipe["epochs"] * dense["macs"] // macs
+    return {
+        "network": prune.digest_of(checkpoint), "schedule": run.schedule, "budget": run.budget,
+        "epochs": epochs, "seed": run.seed,
+        "lr": args.lr if "lr" in options else None,
+        "end_lr": args.end_lr if "end_lr" in options else None,
+        "cycle_momentum": args.cycle_momentum if "cycle_momentum" in options else None,
         "batch_size": recipe["batch_size"], "weight_decay": recipe["weight_decay"],
-        "subset": recipe["subset"], "precision": machine.precision}
+        "precision": machine.precision, "data": fingerprint}
+
+
+def target_of(source, settings):
+    """The output path; its name ends with a hash of the settings."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    stem = os.path.basename(run.path)[:-3] + (f"--r{run.round}" if run.round > 1 else "")
-    return settings, f"{stem}-{schedule}-t{run.epochs}-s{run.seed}-{digest}"
+    name = f"{settings['schedule']}-t{settings['budget']}-s{settings['seed']}-{digest}.pt"
+    return os.path.join(prune.folder_of(source), name)
 
 
 def retrain(run, args, machine):
-    """One retraining: start weights, schedule, the loop. Writes the checkpoint and returns its row;
-    what is there already is not trained again."""
-    checkpoint = models.read(run.path, "pruned")
+    """One run: a retraining, and with --rounds what one would go on with in the shell, pruning by
+    as much again and retraining."""
+    checkpoint = models.read(run.source, "dense")
     data = train.data_for(checkpoint, args, machine)
-    how = dict(checkpoint["pruning"])
-    if run.round > 1:               # the last round's network, pruned again by as much
-        if how["structure"] == "weights":      # counts all zeros: .3, then .51, .66 …
-            how["sparsity"] = [1 - (1 - how["sparsity"][0]) ** run.round]
-        checkpoint = prune.prune(models.read(run.before), how, data, machine)
-    settings, name = settings_of(run, checkpoint, args, machine)
-    target = os.path.join(os.path.dirname(run.path), name + ".pt")
-    if os.path.exists(target) and (done := models.read(target))["kind"] == "retrained":
-        return done["row"]
-    epochs, steps = settings["epochs"], math.ceil(len(data.train[1]) / settings["batch_size"])
-    network, momentum, masks = start(run, checkpoint)
-    schedule = schedules.retrain(
-        run.schedule, epochs, steps, **{key: settings[key] for key in schedules.TAKE},
-        **{key: checkpoint[key] for key in ("recipe", "distance", "removed")})
-    for curve, seconds in train.fit(
-            network, data, schedule, {**settings, "data": checkpoint["settings"]["data"]},
-            machine, target, masks, momentum):
-        train.say(f"{train.describe(curve, seconds, epochs)}  {name}")
-    row = {
-        "format": models.FORMAT, "run": name, "dataset": checkpoint["recipe"]["dataset"],
-        **{k: checkpoint[k] for k in ("arch", "dense_test_accuracy", "params", "macs", "recipe",
-                                      "dense_params", "dense_macs", "distance", "removed")},
-        **how, **settings, "pruning_seed": how["seed"],
-        "sparsity": how["sparsity"][0] if len(how["sparsity"]) == 1 else how["sparsity"] or None,
-        "test_accuracy": curve[-1]["test_accuracy"],
-        "pruned_test_accuracy": checkpoint["test_accuracy"],
-        "nonzero": sum((v != 0).sum().item() for n, v in checkpoint["model"].items()
-                       if n.endswith((".weight", ".bias"))),
-        "curve": curve, "seconds": round(seconds, 1), **train.provenance(machine.device)}
-    models.save(target, {**checkpoint, "kind": "retrained", "row": row,
-                         "model": network.state_dict(), "test_accuracy": row["test_accuracy"]})
-    if machine.world > 1:
-        torch.distributed.barrier()            # the next round reads it
+    if args.data_dir:
+        checkpoint["data_dir"] = os.path.abspath(args.data_dir)
+    target, retrained = retrain_once(run, checkpoint, args, data, machine)
+    for times in range(2, args.rounds + 1):
+        source, pruned = prune_again(target, retrained, checkpoint["pruning"], times, data, machine)
+        target, retrained = retrain_once(run._replace(source=source), pruned, args, data, machine)
+
+
+def retrain_once(run, checkpoint, args, data, machine):
+    """Start weights, schedule, the loop. Writes the checkpoint and its row, or finds them done.
+    Returns (the path, the retrained checkpoint)."""
+    settings = settings_of(run, checkpoint, args, machine, data.fingerprint)
+    target = target_of(run.source, settings)
+    if os.path.exists(target):
+        retrained = models.read(target, "retraining")
+        accuracy = retrained["retraining"]["test_accuracy"]
+        train.say(f"{target}: done already, test {accuracy:.2f} %")
+    else:
+        made = train.provenance(machine)
+        network, momentum, masks = start(run, checkpoint)
+        pruning = checkpoint.get("pruning", {"distance": 0.0, "removed": 0.0})
+        schedule = schedules.retrain(
+            run.schedule, settings["epochs"], len(train.batch_slices(data, settings, machine)),
+            checkpoint["dense"]["recipe"], settings["lr"], settings["end_lr"],
+            settings["cycle_momentum"], pruning["distance"], pruning["removed"])
+        curve, seconds = train.fit(network, data, schedule, settings, machine, target, masks,
+                                   momentum, label=os.path.splitext(target)[0])
+        retrained = {
+            **checkpoint, "model": {n: v.cpu() for n, v in network.state_dict().items()},
+            "retraining": {
+                **settings, "curve": curve, "test_accuracy": curve["test_accuracy"][-1],
+                "seconds": round(seconds, 1), **made}}
+        models.save(target, retrained)
+    row = Path(os.path.splitext(target)[0] + ".json")
+    text = json.dumps(row_of(retrained), allow_nan=False) + "\n"
+    if not row.exists() or row.read_text(encoding="utf-8") != text:
+        models.write(str(row), text.encode())
+    models.tidy(target)
+    return target, retrained
+
+
+def row_of(retrained):
+    """A retrained checkpoint without its tensors."""
+    row = {"format": models.FORMAT, **retrained}
+    del row["model"]
+    if "pruning" in row:
+        row["pruning"] = {k: v for k, v in row["pruning"].items() if k != "kept"}
     return row
 
 
-# ---- many runs: their rows, their processes ------------------------------------------------------
+def prune_again(source, retrained, first, times, data, machine):
+    """Prune a retrained network as `first`, so that it is pruned `times` times by as much. Returns
+    (the path, the pruned checkpoint)."""
+    wanted = {key: first[key] for key in ("structure", "method", "sparsity", "plan", "scope",
+                                          "seed", "include_linear", "calibration_images")}
+    if wanted["structure"] == "weights":            # counts all zeros: .3, then .51, .66 …
+        wanted["sparsity"] = round(1 - (1 - first["sparsity"]) ** times, 12)
+    target = prune.target_of(source, retrained, wanted)
+    if os.path.exists(target):
+        return target, models.read(target)
+    pruned = prune.prune(retrained, wanted, data, machine)
+    models.save(target, pruned)
+    return target, pruned
 
-def read_rows(folder):
-    """{run: row} of a folder's results.jsonl, without what a crash left behind its last newline."""
-    path, rows = os.path.join(folder, "results.jsonl"), {}
-    if not os.path.exists(path):
-        return rows
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = file.read().split("\n")[:-1]
-    for i, line in enumerate(lines, 1):
+
+# ---- many runs -----------------------------------------------------------------------------------
+
+def plan(args):
+    """The runs that the command line asks for. Raises Refused for what cannot be retrained."""
+    runs = []
+    for source in args.checkpoint or default_sources(args.dry_run):
+        checkpoint = models.read(source, "dense")
+        recipe = checkpoint["dense"]["recipe"]
+        if "retraining" in checkpoint:
+            raise Refused(f"{source}: is retrained already; prune it again first")
+        if args.rounds > 1 and "pruning" not in checkpoint:
+            raise Refused(f"argument --rounds: {source} is not pruned")
+        for budget in args.epochs or [train.budget(recipe)]:
+            names = arms(source, checkpoint, budget, args.schedule)
+            if budget >= recipe["epochs"] and {"lr_rewind", "weight_rewind"} & {*names}:
+                train.say(f"{source}: T = {recipe['epochs']}; with as many epochs or more, "
+                          "lr_rewind and weight_rewind start the dense run over")
+            for seed in args.seed:
+                runs += [Run(source, name, budget, seed) for name in names]
+    return runs
+
+
+def default_sources(dry_run):
+    """The dense network and the pruned ones of the default run."""
+    folder = "runs/shapes-resnet8-s0" + ("-dry" if dry_run else "")
+    pruned = sorted(glob.glob(f"{folder}/filters-*.pt") + glob.glob(f"{folder}/weights-*.pt"))
+    if not pruned:
+        raise Refused(f"{folder}: no pruned checkpoint is there; run prune.py or name one")
+    return [f"{folder}/dense.pt", *pruned]
+
+
+def arms(source, checkpoint, budget, wanted):
+    """The schedules by which to retrain a checkpoint: those that are `wanted`, or the default
+    ones. weight_rewind is refused, or left out of the default, if its snapshot is missing."""
+    names = list(wanted or (DEFAULT if "pruning" in checkpoint else DEFAULT_UNPRUNED))
+    if "weight_rewind" in names:
         try:
-            row = json.loads(line, parse_constant=int)                      # refuses NaN
-            if row["format"] != models.FORMAT:
-                raise ValueError
-            rows[row["run"]] = row
-        except (ValueError, RecursionError, KeyError, TypeError):
-            raise Refused(f"{path}: line {i} is no row of format {models.FORMAT}; remove it"
-                          ) from None
-    return rows
+            rewound(Run(source, "weight_rewind", budget, 0), checkpoint)
+        except Refused as problem:
+            if wanted:
+                raise
+            names.remove("weight_rewind")
+            train.say(f"{source}: without weight_rewind: {problem}")
+    return names
 
 
-def write_rows(folder, rows):
-    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows.values())
-    models.write(os.path.join(folder, "results.jsonl"), text.encode())
+def perform(runs, args, machine):
+    """Makes one run after the other. Returns what went wrong, a line for each run that failed."""
+    failed = []
+    began = time.monotonic()
+    for done, run in enumerate(runs, 1):
+        try:
+            retrain(run, args, machine)
+        except (Refused, OSError) as problem:
+            if machine.world > 1:               # the others wait for this process in what it leaves
+                raise
+            failed.append(f"{run.source} {run.schedule} t={run.budget} seed={run.seed}: {problem}")
+        left = (time.monotonic() - began) / done * (len(runs) - done)
+        train.say(f"{len(runs) - done} of {len(runs)} runs left, about {left / 60:.1f} min")
+    return failed
 
 
 def cores():
@@ -183,294 +275,610 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def begin_worker(args, jobs):
-    """In each new process: its share of the cores, or its GPU; it ends when its parent ends."""
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C is the parent's
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores() // jobs))
-    os.environ["LOCAL_RANK"] = re.search(r"\d+$", multiprocessing.current_process().name)[0]
-    train.the_machine(args)
+def default_jobs(runs, args, machine):
+    """How many processes: the cores or the GPUs, at most the runs that are left."""
+    left = 0
+    checkpoints = {source: models.read(source) for source in {run.source for run in runs}}
+    for run in runs:
+        checkpoint = checkpoints[run.source]
+        data = checkpoint.get("pruning", checkpoint["dense"])["data"]
+        settings = settings_of(run, checkpoint, args, machine, data)
+        if args.rounds > 1 or not os.path.exists(target_of(run.source, settings)):
+            left += 1
+    devices = cores()
+    if machine.device.type != "cpu":
+        devices = torch.accelerator.device_count() if machine.device.index is None else 1
+    return max(1, min(left, devices))
 
 
-def attempt(run, args, machine):
-    """(run, its row or what went wrong); so one that fails does not stop the others."""
+def in_processes(jobs, argv, share, machine):
+    """Start this command `jobs` times, each with its part of `share`, its share of the cores and a
+    GPU of its own, and wait. Returns what they said of runs that failed. When this process is
+    interrupted or fails, it ends them."""
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
+    first, every = share
+    children = []
     try:
-        return run, retrain(run, args, machine)
-    except (Refused, OSError) as problem:
-        if machine.world > 1:               # the others wait for this process in what it leaves
-            raise
-        return run, f"{run.path} {run.schedule} t={run.epochs} seed={run.seed}: {problem}"
-
-
-@contextlib.contextmanager
-def attempts(jobs, args, machine):
-    """A function: attempts a list of Runs, `jobs` at a time; yields the results as they come."""
-    if jobs <= 1:
-        yield lambda runs: (attempt(run, args, machine) for run in runs)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, begin_worker, (args, jobs)) as pool:
-        try:
-            yield lambda runs: (future.result() for future in as_completed(
-                [pool.submit(attempt, run, args, machine) for run in runs]))
-        except BrokenExecutor:
-            raise Refused("a worker process was killed; the same command goes on") from None
-        finally:      # Ctrl-C, a full disk: end them. A killed one may hold what idle ones wait for
-            for child in multiprocessing.active_children():
-                child.kill()
-
-
-def retrain_all(runs, args, machine):
-    """Makes the rows of {Run: name} that are not there yet; returns how many runs failed."""
-    with contextlib.ExitStack() as stack:
-        rows, todo, failed = {}, [], 0
-        for folder in {os.path.dirname(run.path) for run in runs}:
-            stack.enter_context(train.working_in(folder or ".", machine))
-            rows[folder] = read_rows(folder)
-        for run, name in runs.items():
-            if args.rounds == 1 and name in rows[os.path.dirname(run.path)]:
-                train.say(f"{name}: done already")
+        for number in range(jobs):
+            command = [sys.executable, os.path.abspath(__file__), *argv, "--jobs", "1",
+                       "--share", f"{first + number * every}/{every * jobs}"]
+            if machine.device.type != "cpu" and machine.device.index is None:
+                gpu = number % torch.accelerator.device_count()
+                command += ["--device", f"{machine.device.type}:{gpu}"]
+            errors = tempfile.TemporaryFile()
+            children.append((subprocess.Popen(command, env=environment, stderr=errors), errors))
+        failed = []
+        for child, errors in children:
+            child.wait()
+            errors.seek(0)
+            said = errors.read().decode(errors="replace")
+            if child.returncode:
+                failed += said.splitlines() or [f"a process ended with status {child.returncode}"]
             else:
-                todo.append(run)
-        jobs = args.jobs or (cores() if machine.device.type == "cpu" else 1)
-        perform = stack.enter_context(
-            attempts(min(jobs, len(todo)) if machine.world == 1 else 1, args, machine))
-        began, done, every = time.monotonic(), 0, len(todo) * args.rounds
-        for number in range(1, args.rounds + 1):
-            results, todo = perform(todo), []
-            for run, row in results:
-                done += 1
-                if isinstance(row, str):
-                    failed += 1
-                    every -= args.rounds - number       # its later rounds
-                    print(f"retrain.py: failed: {row}", file=sys.stderr, flush=True)
-                    continue
-                folder, name = os.path.dirname(run.path), row["run"]
-                rows[folder][name] = row
-                write_rows(folder, rows[folder])
-                todo.append(run._replace(
-                    round=number + 1, before=os.path.join(folder, name + ".pt")))
-                left = (time.monotonic() - began) / done * (every - done) / 60
-                train.say(f"{name}: test {row['test_accuracy']:.2f} %; {every - done} runs left, "
-                          f"about {left:.1f} min")
-    return failed
+                sys.stderr.write(said)                                  # warnings
+        return failed
+    finally:
+        for child, _ in children:
+            if child.poll() is None:
+                child.terminate()
+        for child, errors in children:
+            child.wait()
+            errors.close()
 
 
-# ---- the report ----------------------------------------------------------------------------------
+# ---- the report: what can be compared ------------------------------------------------------------
+
+def read_rows(folders):
+    """The rows of all results in `folders` and below: a list of dicts, in the order of their paths.
+    """
+    paths = {}
+    for folder in folders:
+        for path in Path(folder).rglob("*.json"):
+            paths[path.resolve()] = path
+    rows = []
+    for path in sorted(paths.values()):
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)   # refuses NaN
+            if row["format"] != models.FORMAT or not row["retraining"] or not row["dense"]:
+                raise ValueError
+        except (ValueError, RecursionError, KeyError, TypeError):
+            raise Refused(f"{path}: is no row of format {models.FORMAT}; remove it") from None
+        rows.append(row)
+    return rows
+
+
+class Cell(NamedTuple):
+    """A column of a table: runs that have this in common can be compared."""
+    network: str            # and data set, and what of the conditions is not the same everywhere
+    what: str               # was pruned; "nothing" of the dense network
+    method: str
+    budget: int
+
+
+class Repetition(NamedTuple):
+    """What two compared runs share: the dense network, by its digest, and the seeds."""
+    dense: str
+    pruning: int | None     # None: not pruned
+    retraining: int
+
+
+# The arms that are compared with each other over the repetitions that all of them have.
+MAIN = ("finetune", "lr_rewind", "weight_rewind", "slr", "one_cycle")
+
 
 def cells(rows):
-    """{(network, what was pruned, by what, budget): {arm: {pair: row}}}: what can be compared.
+    """{Cell: {arm: {Repetition: row}}}. The start of a finetune run is also a run of each shorter
+    budget."""
+    found = {}
 
-    arm: the schedule, with what is not as published. pair: what two compared runs share, the dense
-    network and the seeds. The start of a finetune run is also one of each shorter budget."""
-    found, budgets = {}, sorted({r["budget"] for r in rows})
-    shorter = [{**r, "budget": t, "curve": r["curve"][:t],
-                "test_accuracy": r["curve"][t - 1]["test_accuracy"]}
-               for r in rows if (r["schedule"], r["round"]) == ("finetune", 1)
-               for t in budgets if t < r["budget"]]
-    for row in shorter + rows:
-        before = row["run"].rpartition(f"--{row['structure']}-")[0]      # what was pruned again
-        again = f" round {row['round']}" * (row["round"] > 1) + f" of {before}" * bool(before)
-        what = (f"{row['structure']} {prune.amount(row)}{again}" if row["removed"] or again
-                else "nothing")
-        arm = (row["schedule"] + (f"/lr={row['lr']:g}" if row["lr"] is not None else "")
-               + (f"/end={row['end_lr']:g}" if row["end_lr"] is not None else "")
-               + ("/flat-momentum" if row["cycle_momentum"] is False else ""))
-        key = f"{row['arch']} on {row['dataset']}", what, row["method"], row["budget"]
-        pair = row["dense"], row["pruning_seed"], row["seed"]
-        found.setdefault(key, {}).setdefault(arm, {})[pair] = row
+    def put(network, row, budget):
+        pruning = row.get("pruning", {"method": "", "seed": None})
+        cell = Cell(network, what_was_pruned(row), pruning["method"], budget)
+        same = Repetition(row["dense"]["digest"], pruning["seed"], row["retraining"]["seed"])
+        runs = found.setdefault(cell, {}).setdefault(arm_of(row), {})
+        network = row["retraining"]["network"]
+        if same in runs and runs[same]["retraining"]["network"] != network:
+            raise Refused(f"two results of {cell.what} {cell.method}, {arm_of(row)}, seed "
+                          f"{same.retraining} come from networks that were pruned otherwise; "
+                          "report their folders apart")
+        runs[same] = row
+
+    named = list(zip(network_names(rows), rows))
+    budgets = {}
+    for network, row in named:
+        budgets.setdefault(network, set()).add(row["retraining"]["budget"])
+    for network, row in named:
+        if row["retraining"]["schedule"] == "finetune" and round_of(row) < 2:
+            for budget in sorted(budgets[network]):
+                if budget < row["retraining"]["budget"]:
+                    put(network, shortened(row, budget), budget)
+    for network, row in named:
+        put(network, row, row["retraining"]["budget"])
+    return {cell: over_common_repetitions(arms) for cell, arms in found.items()}
+
+
+def over_common_repetitions(arms):
+    """{arm: {Repetition: row}} without the repetitions that one of the MAIN arms lacks."""
+    sets = [set(runs) for arm, runs in arms.items() if arm in MAIN]
+    common = set.intersection(*sets) if sets else set()
+    found = {}
+    for arm, runs in arms.items():
+        shared = {same: row for same, row in runs.items() if same in common}
+        found[arm] = shared or runs
     return found
 
 
-def table(corner, keys, lines):
-    """A markdown table with a column for each of the cells `keys`; lines: {name: texts}."""
-    rows = [[corner, *(f"{method}, t={t}" for *_, method, t in keys)], ["---"] * (1 + len(keys)),
-            *([name, *texts] for name, texts in lines.items())]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+def shortened(row, budget):
+    """A finetune row as its first `budget` epochs."""
+    curve = {key: values[:budget] for key, values in row["retraining"]["curve"].items()}
+    retraining = dict(row["retraining"])
+    retraining["budget"] = budget
+    retraining["curve"] = curve
+    retraining["test_accuracy"] = curve["test_accuracy"][-1]
+    return {**row, "retraining": retraining}
 
 
-def accuracies(corner, found, keys, arms):
-    """The table of the test accuracies: of the arms, and of the dense network retrained alike."""
-    def shown(runs):
-        values = [row["test_accuracy"] for row in runs]
-        gain = np.mean([row["test_accuracy"] - row["dense_test_accuracy"] for row in runs])
-        sd = f" ± {np.std(values, ddof=1):.2f}" if values[1:] else ""
-        return f"{np.mean(values):.2f}{sd} ({gain:+.2f}, n={len(values)})"
-    dense = [{row["dense"]: row for row in rows["dense"].values()}.values() for rows in found]
-    lines = {"parameters, MACs left": [f"{r['nonzero'] / r['dense_params']:.0%}, "
-                                       f"{r['macs'] / r['dense_macs']:.0%}" for r, *_ in dense],
-             "`dense`": [shown(rows) for rows in dense]}
-    for arm in (*arms, *(f"{arm}/unpruned" for arm in EVERY)):
-        runs = [rows.get(arm, {}).values() for rows in found]
-        if any(runs):
-            lines[f"`{arm}`"] = [shown(some) if some else "–" for some in runs]
-    return table(corner, keys, lines)
+def network_names(rows):
+    """For each row its network and data set, and those of its conditions that are not the same in
+    all rows of that network and data set."""
+    values = {}                                         # {(network, condition): what it is}
+    for row in rows:
+        for key, value in conditions(row).items():
+            values.setdefault((base_name(row), key), set()).add(repr(value))
+    names = []
+    for row in rows:
+        name = base_name(row)
+        for key, value in conditions(row).items():
+            if len(values[base_name(row), key]) > 1:
+                name += f", {key} {value}"
+        names.append(name)
+    return names
 
 
+def base_name(row):
+    return f"{row['arch']} on {row['dense']['recipe']['dataset']}"
+
+
+def conditions(row):
+    """What has to be equal in rows that are averaged, beside what a Cell and the arm name."""
+    found = {}
+    for key, value in row["dense"]["recipe"].items():
+        if key not in ("dataset", "seed"):
+            found[key.replace("_", " ")] = value
+    found["dense images"] = row["dense"]["data"]
+    found["dense precision"] = row["dense"]["precision"]
+    found["images"] = row["retraining"]["data"]
+    found["precision"] = row["retraining"]["precision"]
+    return found
+
+
+def round_of(row):
+    return row.get("pruning", {"round": 0})["round"]
+
+
+def what_was_pruned(row):
+    """Structure and amount; and the round, with what went before if it was not the same again."""
+    if "pruning" not in row:
+        return "nothing"
+    pruning = row["pruning"]
+    text = f"{pruning['structure']} {prune.amount(pruning)}"
+    if pruning["round"] > 1:
+        text += f" round {pruning['round']}"
+    if pruning["earlier"] != usual_history(row):
+        text += f" after {', '.join(pruning['earlier'])}"
+    return text
+
+
+def usual_history(row):
+    """What went before if it was the same again, as --rounds makes it (see prune.history)."""
+    pruning = dict(row["pruning"])
+    rounds = pruning["round"]
+    sparsity = pruning["sparsity"]
+    steps = []
+    for number in range(1, rounds):
+        if pruning["structure"] == "weights":
+            pruning["sparsity"] = 1 - (1 - sparsity) ** (number / rounds)
+        steps.append(prune.name_of(pruning))
+        steps.append(f"{row['retraining']['schedule']}-t{row['retraining']['budget']}")
+    return steps
+
+
+def arm_of(row):
+    """The schedule, with what is not as published."""
+    retraining = row["retraining"]
+    arm = retraining["schedule"]
+    if retraining["lr"] is not None:
+        arm += f"/lr={retraining['lr']:g}"
+    if retraining["end_lr"] is not None:
+        arm += f"/end={retraining['end_lr']:g}"
+    if retraining["cycle_momentum"] is False:
+        arm += "/flat-momentum"
+    return arm
+
+
+# ---- the report: claims --------------------------------------------------------------------------
+
+# What is claimed of test accuracies. A side is an arm or, as a pair, the first minus the second.
+# What stands behind an arm's slash, `compared` explains. `>`: the left side is larger. `=`: they
+# differ by less than SAME points.
+PAPER = (
+    ("lr_rewind", ">", "finetune"),
+    ("slr", ">", "finetune"),
+    ("slr", "=", "lr_rewind"),                      # the rate matters, not the rewinding
+    ("one_cycle", ">", "finetune"),
+    ("one_cycle", ">", "lr_rewind"),
+    ("one_cycle", ">", "weight_rewind"),
+    ("one_cycle", ">", "slr"),
+    ("finetune", ">", "finetune/first"),            # the paper: it gains nothing from more epochs
+    ("one_cycle", ">", "dense"),                    # only a large rate recovers all accuracy
+    ("dense", ">", "finetune"),
+    ("one_cycle/random", ">", "finetune"),          # the schedule matters more than the criterion
+    ("one_cycle", ">", "one_cycle/random"),         # which matters still, but less
+    (("finetune", "finetune/random"), ">", ("one_cycle", "one_cycle/random")),
+)
+# Written down before the runs that decide them: what does longer training bring the dense network,
+# and is it more than that; is it a large rate or only a faster one; which peak?
+OURS = (
+    ("one_cycle/unpruned", ">", "finetune/unpruned"),
+    (("one_cycle", "finetune"), ">", ("one_cycle/unpruned", "finetune/unpruned")),
+    (("one_cycle/random", "finetune"), ">", ("one_cycle/unpruned", "finetune/unpruned")),
+    ("one_cycle", ">", "finetune/end=0.01"),
+    ("one_cycle", ">", "finetune/end=0.03"),
+    ("one_cycle/lr=0.01", ">", "finetune/end=0.01"),
+    ("one_cycle/lr=0.01", ">", "one_cycle"),
+    ("one_cycle/lr=0.03", ">", "one_cycle"),
+    ("one_cycle/lr=0.3", ">", "one_cycle"),
+)
+# Added after rows had been seen.
+EXPLORATORY = (
+    ("one_cycle/first", ">", "finetune"),
+    ("one_cycle", ">", "one_cycle/unpruned"),
+    ("linear", "=", "one_cycle"),
+    ("scratch_e", "=", "one_cycle"),
+    ("one_cycle/end=0.001", "=", "one_cycle"),
+    ("one_cycle/flat-momentum", "=", "one_cycle"),
+    ("one_cycle/end=0.001/flat-momentum", "=", "one_cycle"),
+)
+SAME = 0.5          # points
 # The 97.5 % quantiles of Student's t, for 1, 2, … degrees of freedom; the last serves for more.
 STUDENT = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
-SAME = 1        # pp: two arms are called equal if the whole interval is within this of 0
-
-# What the paper, and in the last three this study, claims of the accuracies of a cell's arms; what
-# stands behind a slash, `comparable` explains.
-CLAIMS = (
-    "lr_rewind > finetune", "slr > finetune", "slr = lr_rewind",       # the rate, not the rewinding
-    "one_cycle > finetune", "one_cycle > lr_rewind", "one_cycle > weight_rewind", "one_cycle > slr",
-    "finetune <= finetune/first", "one_cycle/first > finetune",     # epochs do not replace the rate
-    "one_cycle > dense", "dense > finetune",            # only a large rate recovers all accuracy
-    "one_cycle/random > finetune",                      # the schedule matters more than the method
-    "one_cycle > one_cycle/random",                     # which matters still, but less:
-    "finetune - finetune/random > one_cycle - one_cycle/random",
-    "linear = one_cycle",                               # a line down does as well as the cosine
-    "one_cycle > one_cycle/unpruned",                   # and what is more than longer training
-    "one_cycle - finetune > one_cycle/unpruned - finetune/unpruned",
-)
 
 
-def comparable(cells, key):
-    """{name: {pair: row}} of what is compared with a cell: its arms, `dense`, and the arms of other
-    cells: pruned at /random, the /unpruned network, with the /first, least budget."""
-    network, what, method, t = key
-    first = min(other[3] for other in cells if other[:3] == key[:3])
-    others = {"/random": (network, what, "random", t), "/first": (*key[:3], first),
-              **{"/unpruned": other for other in cells if other[::3] == (network, t)
-                 and other[1] == "nothing"}}
-    dense = {pair: {**row, "test_accuracy": row["dense_test_accuracy"]}
-             for runs in cells[key].values() for pair, row in runs.items()}
-    return {"dense": dense, **cells[key], **{    # and nothing is compared with itself
-        arm + behind: runs for behind, other in others.items() if other != key
-        for arm, runs in cells.get(other, {}).items()}}
+def compared(found, cell):
+    """{name: {Repetition: test accuracy}} of a cell's arms, of `dense`, and of arms of other cells:
+    pruned at /random, the /unpruned network retrained alike, with the /first, least budget."""
+    accuracies = {"dense": {}}
+    for arm, runs in found[cell].items():
+        accuracies[arm] = {same: row["retraining"]["test_accuracy"] for same, row in runs.items()}
+        for same, row in runs.items():
+            accuracies["dense"][same] = row["dense"]["test_accuracy"]
+    first = min(other.budget for other in found if other._replace(budget=cell.budget) == cell)
+    for behind, other in (("/random", cell._replace(method="random")),
+                          ("/first", cell._replace(budget=first))):
+        if other != cell:                               # nothing is compared with itself
+            for arm, runs in found.get(other, {}).items():
+                accuracies[arm + behind] = {
+                    same: row["retraining"]["test_accuracy"] for same, row in runs.items()}
+    for arm, runs in found.get(Cell(cell.network, "nothing", "", cell.budget), {}).items():
+        if cell.what != "nothing":
+            accuracies[f"{arm}/unpruned"] = {
+                same: runs[same._replace(pruning=None)]["retraining"]["test_accuracy"]
+                for same in accuracies["dense"] if same._replace(pruning=None) in runs}
+    return accuracies
 
 
-def differences(sides, found):
-    """The left side of a claim minus its right one, for each pair of which all is `found`."""
-    parts = [((-1) ** (i + j), found.get(name, {})) for i, side in enumerate(sides)
-             for j, name in enumerate(side.split(" - "))]
-    return [sum(sign * runs[pair]["test_accuracy"] for sign, runs in parts) for pair in parts[0][1]
-            if all(pair in runs for _, runs in parts)]
+def side(accuracies, name):
+    """{Repetition: value} of one side of a claim, or of a whole one, of which all is there."""
+    if isinstance(name, str):
+        return accuracies.get(name, {})
+    left, right = side(accuracies, name[0]), side(accuracies, name[1])
+    return {same: left[same] - right[same] for same in left if same in right}
 
 
 def verdict(values, relation):
-    """How the mean of `values` (differences, pp) stands to 0, with Student's 95 % interval."""
+    """What `values` (left minus right side, in points) say, with Student's 95 % interval.
+
+    `>`: yes, or *reversed* (the right side is larger), if the interval lies on one side of 0.
+    `=`: yes if it lies within SAME of 0, no if wholly outside. Otherwise not decided."""
     if not values:
         return "–"
-    mean, n = float(np.mean(values)), len(values)
+    mean = float(np.mean(values))
+    n = len(values)
     if n < 3:
         return f"not decided {mean:+.2f}, n={n}"
     half = STUDENT[min(n - 2, 8)] * np.std(values, ddof=1) / math.sqrt(n)
     low, high = mean - half, mean + half
-    yes, no = {">": (low > 0, high < 0), "<=": (low <= 0 and high <= SAME, low > 0),
-               "=": (-SAME <= low <= 0 <= high <= SAME, low > 0 or high < 0)}[relation]
-    word = "**yes**" if yes else "**no**" if no else "not decided"
+    word = "not decided"
+    if relation == ">":
+        if low > 0:
+            word = "**yes**"
+        elif high < 0:
+            word = "**reversed**"
+    elif -SAME <= low and high <= SAME:
+        word = "**yes**"
+    elif low > SAME or high < -SAME:
+        word = "**no**"
     return f"{word} {mean:+.2f} [{low:+.2f}, {high:+.2f}], n={n}"
 
 
-def claims(found, keys, arms):
-    """The table of the claims, a line for each that the rows can say something of."""
+def words(claim):
+    """A claim as text."""
+    left, relation, right = claim
+    sides = [name if isinstance(name, str) else " - ".join(name) for name in (left, right)]
+    margin = f" within {SAME:g}" if relation == "=" else ""
+    exploratory = " (exploratory)" if claim in EXPLORATORY else ""
+    return f"`{sides[0]} {relation} {sides[1]}`{margin}{exploratory}"
+
+
+def claims(found, columns):
+    """The table of the claims, a line for each that the rows can say something of; columns:
+    {heading: Cell}."""
+    known = [compared(found, cell) for cell in columns.values()]
     lines = {}
-    for claim in (*CLAIMS, *(f"{arm} > {arm.split('/')[0]}" for arm in arms if "/" in arm)):
-        left, relation, right = re.split(" (>|=|<=) ", claim)
-        values = [differences((left, right), rows) for rows in found]
+    for claim in (*PAPER, *OURS, *EXPLORATORY):
+        left, relation, right = claim
+        values = [list(side(accuracies, (left, right)).values()) for accuracies in known]
         if any(values):
-            lines[f"`{claim}`"] = [verdict(some, relation) for some in values]
-    return table("claim", keys, lines) if lines else ""
+            lines[words(claim)] = [verdict(some, relation) for some in values]
+    return table("claim", columns, lines) if lines else ""
 
 
-def pictures(found, keys, arms):
-    """Mean test accuracy by epoch of each cell's arms, as lines of blocks that share one scale;
-    without scratch, whose low start flattens the others."""
-    lines, width = [], max(map(len, arms))
-    for key, rows in zip(keys, found):
-        curves = {arm: np.mean([[point["test_accuracy"] for point in row["curve"]]
-                                for row in rows[arm].values()], 0)
-                  for arm in arms if arm in rows and not arm.startswith("scratch")}
-        low, high = (f(map(f, curves.values()), default=0) for f in (min, max))
-        lines += [f"{key[2]}, t={key[3]}: {low:.2f} to {high:.2f}",
-                  *(f"  {arm:{width}} {schedules.blocks(curve, low, high)} {max(curve):.2f} "
-                    f"{curve[-1]:.2f}" for arm, curve in curves.items())]
-    return "\n".join(lines)
+# ---- the report: tables and pictures -------------------------------------------------------------
+
+def table(corner, columns, lines):
+    """A markdown table; lines: {name: a text for each of the columns}."""
+    text = f"| {' | '.join([corner, *columns])} |\n"
+    text += "| --- " * (1 + len(columns)) + "|\n"
+    for name, texts in lines.items():
+        text += f"| {' | '.join([name, *texts])} |\n"
+    return text
+
+
+def summary(pairs):
+    """Mean ± sd of [(accuracy, the dense network's)], and the mean difference."""
+    if not pairs:
+        return "–"
+    values, dense = zip(*pairs)
+    sd = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    gain = np.mean(values) - np.mean(dense)
+    return f"{np.mean(values):.2f}{sd} ({gain:+.2f}, n={len(values)})"
+
+
+def accuracies_table(corner, found, columns):
+    """The test accuracies of the cells' arms, of the dense and the pruned network as they are, and
+    of the dense network retrained alike; columns: {heading: Cell}."""
+    lines = {}
+    rows_of = [[row for runs in found[cell].values() for row in runs.values()]
+               for cell in columns.values()]
+    pruned = [rows[0].get("pruning") for rows in rows_of]
+    if all(pruned):
+        lines["parameters, MACs left"] = [
+            f"{p['nonzero'] / rows[0]['dense']['params']:.0%}, "
+            f"{p['macs'] / rows[0]['dense']['macs']:.0%}" for p, rows in zip(pruned, rows_of)]
+    lines["`dense`"] = [summary(once(rows, "dense", "test_accuracy")) for rows in rows_of]
+    if all(pruned):
+        lines["not retrained"] = [summary(once(rows, "pruning", "test_accuracy"))
+                                  for rows in rows_of]
+        lines["only BN re-estimated"] = [summary(once(rows, "pruning", "bn_test_accuracy"))
+                                         for rows in rows_of]
+    known = [compared(found, cell) for cell in columns.values()]
+    for arm in arms_of(found, columns):
+        lines[f"`{arm}`"] = [paired(accuracies, arm) for accuracies in known]
+    unpruned = {name for accuracies in known for name in accuracies if name.endswith("/unpruned")}
+    for name in sorted(unpruned, key=in_order):
+        lines[f"`{name}`"] = [paired(accuracies, name) for accuracies in known]
+    return table(corner, columns, lines)
+
+
+def once(rows, key, accuracy):
+    """[(accuracy, the dense network's)] of each different network among what `key` says of rows."""
+    different = {row[key]["digest"]: (row[key][accuracy], row["dense"]["test_accuracy"])
+                 for row in rows}
+    return list(different.values())
+
+
+def paired(accuracies, arm):
+    """`summary` of an arm."""
+    runs = accuracies.get(arm, {})
+    return summary([(value, accuracies["dense"][same]) for same, value in runs.items()])
+
+
+def arms_of(found, columns):
+    """The names of all arms of some cells, in the order of the schedules."""
+    names = {arm for cell in columns.values() for arm in found[cell]}
+    return sorted(names, key=in_order)
+
+
+def in_order(arm):
+    """Sorts arms in the order of the schedules."""
+    return list(SCHEDULES).index(arm.split("/")[0]), arm
+
+
+def mean_curves(arms):
+    """{arm: mean test accuracy by epoch}, of the arms whose curves are as long as the budget."""
+    curves = {}
+    for arm, runs in arms.items():
+        if not arm.startswith("scratch"):               # from so low that it flattens the others
+            every = [row["retraining"]["curve"]["test_accuracy"] for row in runs.values()]
+            curves[arm] = np.mean(every, 0).tolist()
+    return curves
+
+
+def pictures(found, columns):
+    """The mean curves of each cell's arms, as lines of blocks that share one scale."""
+    names = arms_of(found, columns)
+    width = max(map(len, names))
+    lines = []
+    for heading, cell in columns.items():
+        curves = mean_curves(found[cell])
+        if curves:
+            low = min(min(curve) for curve in curves.values())
+            high = max(max(curve) for curve in curves.values())
+            lines.append(f"{heading}: {low:.2f} to {high:.2f}")
+            for arm in names:
+                if arm in curves:
+                    drawn = schedules.blocks(curves[arm], low, high)
+                    lines.append(f"  {arm:{width}} {drawn} {max(curves[arm]):.2f} "
+                                 f"{curves[arm][-1]:.2f}")
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
+def chart(rows):
+    """The mean curves of the schedules as they are, as SVG: a panel for each network, what was
+    pruned and how, with its largest budget."""
+    found = cells(rows)
+    panels = {}
+    for cell in sorted(found):
+        longer = [other for other in found if other._replace(budget=cell.budget) == cell
+                  and other.budget > cell.budget]
+        curves = {arm: curve for arm, curve in mean_curves(found[cell]).items() if "/" not in arm}
+        if curves and not longer:
+            panels[f"{cell.network}: {cell.what} {cell.method}, t={cell.budget}"] = curves
+    return schedules.chart(panels, "test accuracy, %")
 
 
 def report(rows):
     """The whole report as markdown, from rows alone: a section for each network and what was pruned
-    of it, with its accuracies, claims and pictures."""
-    made = sorted({f"{r['device']}, {r['threads']} threads, {r['precision']}, torch {r['torch']}, "
-                   f"code {r['commit']}" for r in rows})
-    minutes, every = sum(r["seconds"] for r in rows) / 60, cells(rows)
-    lines = [f"\n{len(rows)} retrainings, {minutes:.0f} minutes of a process; {'; '.join(made)}.",
-             "- Accuracy: of the last epoch, on the test images, in %: mean ± sd (difference to the"
-             " dense network, runs).",
-             "- Claims: differences in points, paired over dense networks and seeds, with Student's"
-             " interval at 95 %, each by itself: of twenty undecided ones, one will look decided. "
-             "Behind a slash: pruned at random; the unpruned network; with the least epochs.",
-             "- Pictures: test accuracy by epoch; its largest, its last. The dip while the learning"
-             " rate is large is normal: compare the ends.\n"]
-    for network, what in dict.fromkeys(key[:2] for key in every):
-        keys = sorted(key for key in every if key[:2] == (network, what))
-        arms = sorted({arm for key in keys for arm in every[key]},
-                      key=lambda arm: (EVERY.index(arm.split("/")[0]), arm))
-        found = [comparable(every, key) for key in keys]
-        lines += [accuracies(f"{network}, pruned: {what}", found, keys, arms),
-                  claims(found, keys, arms), f"```\n{pictures(found, keys, arms)}\n```\n"]
-    return "\n".join(lines)
+    of it, with its accuracies, claims and pictures; last the claims by length of training."""
+    found = cells(rows)
+    made = set()
+    for row in rows:
+        run = row["retraining"]
+        made.add(f"{run['device']}, {run['threads']} threads, {run['precision']}, torch "
+                 f"{run['torch']}, code {run['commit']}")
+    minutes = sum(row["retraining"]["seconds"] for row in rows) / 60
+    lines = [
+        f"\n{len(rows)} retrainings, {minutes:.0f} minutes of a process; "
+        f"{'; '.join(sorted(made))}.",
+        "- Accuracy: of the last epoch, on the test images, in %: mean ± sd (difference to the "
+        "dense network, runs), over the repetitions that all of those have which are there of "
+        f"{', '.join(MAIN)}.",
+        "- Claims: differences in points, paired over dense networks and seeds, with Student's "
+        "interval at 95 %, each by itself: of twenty undecided ones, one will look decided. Behind "
+        "a slash: pruned at random; the unpruned network; with the least epochs. *Reversed*: "
+        "decided the other way round. Exploratory: added after rows had been seen.",
+        "- Pictures: test accuracy by epoch; its largest, its last. The dip while the learning "
+        "rate is large is normal: compare the ends.\n"]
+    shown = [cell for cell in found if cell.what != "nothing"]
+    for cell in found:
+        if not any(cell._replace(what=c.what, method=c.method) == c for c in shown):
+            shown.append(cell)                          # retrained dense networks, by themselves
+    for network, what in dict.fromkeys((cell.network, cell.what) for cell in shown):
+        columns = {}
+        for cell in sorted(shown):
+            if (cell.network, cell.what) == (network, what):
+                columns[f"{cell.method} t={cell.budget}".strip()] = cell
+        lines.append(accuracies_table(f"{network}, pruned: {what}", found, columns))
+        lines.append(claims(found, columns))
+        lines.append(pictures(found, columns))
+    return "\n".join([*lines, *by_length(found, shown)])
+
+
+def by_number(cell):
+    """Sorts cells with the numbers in their networks' names ascending."""
+    parts = re.split(r"(\d+)", cell.network)
+    return [int(part) if part.isdigit() else part for part in parts], cell
+
+
+def by_length(found, shown):
+    """Tables of the claims whose columns are what differs between dense runs of one network and
+    data set: above all their length T."""
+    groups = {}
+    for cell in sorted(shown, key=by_number):
+        base, _, differs = cell.network.partition(", ")
+        if differs and cell.method != "random":
+            columns = groups.setdefault((base, cell.what), {})
+            columns[f"{differs}, {cell.method} t={cell.budget}"] = cell
+    tables = []
+    for (base, what), columns in groups.items():
+        if len({cell.network for cell in columns.values()}) > 1:
+            tables.append(claims(found, columns).replace(
+                "| claim ", f"| {base}, pruned: {what}, by what differs ", 1))
+    return tables
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+def share(text):
+    """An argparse type: i/N as (i, N)."""
+    first, every = map(int, text.split("/"))
+    if not 0 <= first < every:
+        raise ValueError
+    return first, every
+
+
+share.__name__ = "share i/N, i from 0 to N-1,"
 
 
 def main(argv=None):
-    flags, run, method = train.parser(__doc__, "[PRUNED ...] ")
-    run("checkpoint", nargs="*", metavar="PRUNED", help="default: all of the default run")
-    run("--seed", nargs="+", type=number(int, 0), default=[0, 1, 2], help="default 0 1 2")
-    run("--jobs", type=number(int, 1), help="runs at once (default: cores; on a GPU 1)")
-    run("--report", nargs="+", metavar="DIR", help="only print the report again, from the rows")
-    method("--schedule", nargs="+", choices=EVERY, default=DEFAULT, metavar="NAME",
-           help=f"{' '.join(EVERY)} (default {' '.join(DEFAULT)})")
-    method("--epochs", nargs="+", type=number(int, 1), metavar="t",
-           help="budgets (default: the recipe's share of T, a quarter for CIFAR)")
-    method("--lr", type=number(float, 1e-9), help="in place of LR_max (default: the dense run's)")
-    method("--end-lr", type=number(float, 0), help="the last, but of slr (default: as published)")
-    method("--cycle-momentum", action=argparse.BooleanOptionalAction, default=True,
-           help="of one_cycle (default: yes, as published)")
-    method("--rounds", type=number(int, 1), default=1, metavar="K",
-           help="retrain and prune by as much again, K times (default 1)")
+    argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
+    flags, run, method = train.parser(__doc__, "[CHECKPOINT ...] ")
+    add = run.add_argument
+    add("checkpoint", nargs="*", metavar="CHECKPOINT", type=os.path.expanduser,
+        help="pruned or dense (default: all of the default run)")
+    add("--seed", nargs="+", type=number(int, 0), default=[0, 1, 2], help="default 0 1 2")
+    add("--jobs", type=number(int, 1), help="runs at once (default: cores, or GPUs)")
+    add("--share", type=share, default=(0, 1), metavar="i/N",
+        help="make every N-th run, from the i-th; no report")
+    add("--report", nargs="+", metavar="DIR", type=os.path.expanduser,
+        help="only print the report again, from the rows")
+    add("--chart", metavar="FILE.svg", type=os.path.expanduser, help="draw the accuracies there")
+    add("--compile", action="store_true", help="use torch.compile (default: off)")
+    add = method.add_argument
+    add("--schedule", nargs="+", choices=SCHEDULES, metavar="NAME",
+        help=f"{' '.join(SCHEDULES)} (default {' '.join(DEFAULT)}; dense: "
+        f"{' '.join(DEFAULT_UNPRUNED)})")
+    add("--epochs", nargs="+", type=number(int, 1), metavar="t",
+        help="budgets (default: the recipe's share of T, a quarter for CIFAR)")
+    add("--lr", type=number(float, 1e-9), help="in place of LR_max (default: the dense run's)")
+    add("--end-lr", type=number(float, 0), help="the last, but of slr (default: as published)")
+    add("--cycle-momentum", action=argparse.BooleanOptionalAction, default=True,
+        help="of one_cycle (default: yes, as published)")
+    add("--rounds", type=number(int, 1), default=1, metavar="K",
+        help="retrain and prune by as much again, K times (default 1)")
     args = flags.parse_args(argv)
-    for key, takers in schedules.TAKE.items():
-        if getattr(args, key) != flags.get_default(key) and not set(takers) & set(args.schedule):
-            flags.error(f"argument --{key.replace('_', '-')}: {' '.join(args.schedule)} would "
-                        f"ignore it; it is for {', '.join(takers)}")
+    for key in ("lr", "end_lr", "cycle_momentum"):
+        takers = [name for name, (_, options) in SCHEDULES.items() if key in options]
+        asked = args.schedule or DEFAULT
+        if getattr(args, key) != flags.get_default(key) and not {*takers} & {*asked}:
+            flags.error(f"argument --{key.replace('_', '-')}: {' '.join(asked)} would ignore it; "
+                        f"it is for {', '.join(takers)}")
     if args.dry_run and args.checkpoint:
         flags.error("argument --dry-run: retrains what train.py --dry-run led to; name no file")
-    folders, failed = args.report, 0
-    if not folders:
-        machine = train.the_machine(args)
-        default, runs = f"runs/shapes-resnet8-s0{'-dry' * args.dry_run}", {}
-        for path in args.checkpoint or sorted(glob.glob(f"{default}/*-*.pt")):
-            checkpoint = models.read(path, *["pruned"] * bool(args.checkpoint))
-            if checkpoint["kind"] != "pruned":             # one of the default folder's others
-                continue
-            recipe = checkpoint["recipe"]
-            budgets = args.epochs or [train.budget(recipe)]
-            for t, seed, schedule in itertools.product(budgets, args.seed, args.schedule):
-                wanted = Run(path, schedule, t, seed)
-                runs[wanted] = settings_of(wanted, checkpoint, args, machine)[1]
-                if schedule == "weight_rewind":        # refused here, not after the others
-                    rewound(wanted, checkpoint)
-            if max(budgets) >= recipe["epochs"]:
-                train.say(f"{path}: T = {recipe['epochs']}; with as many epochs or more, lr_rewind "
-                          "and weight_rewind start the dense run over")
-        if not runs:
-            raise Refused(f"{default}: no pruned checkpoint is there; run prune.py or name one")
-        failed = retrain_all(runs, args, machine)
-        folders = dict.fromkeys(os.path.dirname(run.path) for run in runs)
-    rows = [row for folder in folders for row in read_rows(folder).values()]
-    if rows:
-        train.say(report(rows))
-    elif args.report:
-        flags.error(f"argument --report: no finished runs in {' '.join(folders)}")
+    if args.report:
+        train.processes()
+        train.refuse_others(flags, args, "report", "chart")
+        publish(read_rows(args.report), args.chart)
+        return
+    machine = train.make_machine(args)
+    runs = plan(args)
+    first, every = args.share
+    mine = runs[first::every]
+    jobs = 1
+    if machine.world == 1:
+        jobs = min(args.jobs or default_jobs(mine, args, machine), max(1, len(mine)))
+    if jobs > 1:
+        failed = in_processes(jobs, argv, args.share, machine)
+    else:
+        failed = perform(mine, args, machine)
+    if every == 1:
+        rows = read_rows(dict.fromkeys(os.path.dirname(run.source) or "." for run in runs))
+        if rows:
+            publish(rows, args.chart)
     if failed:
-        raise Refused(f"{failed} of {len(runs)} runs failed; the same command tries them again")
+        for problem in failed:
+            print(problem, file=sys.stderr)
+        raise Refused("some runs failed, see above; run the same command again to try them again")
+
+
+def publish(rows, path):
+    """Print the report and, if there is a path, draw the chart."""
+    if not rows:
+        raise Refused("argument --report: no finished runs there")
+    train.say(report(rows))
+    if path:
+        models.write(path, chart(rows).encode())
 
 
 if __name__ == "__main__":

@@ -5,18 +5,18 @@
     python train.py --dataset cifar10 --arch resnet56  # the paper's recipe: 160 epochs
     torchrun --nproc-per-node 8 train.py --dataset imagenet --data-dir ILSVRC --arch resnet34
 
-The same command, given again, goes on after the last finished epoch, or says that it is done.
-Data order and augmentation are functions of (seed, epoch), the learning rate is one of the step, so
-going on needs nothing but the tensors and the curve so far.
+Run the same command again to resume after the last finished epoch. Data order and augmentation are
+functions of (seed, epoch), the learning rate is one of the step, so resuming needs nothing but the
+tensors and the curve so far.
 """
 import argparse
 import contextlib
 import ctypes
 import functools
 import hashlib
-import math
 import os
-import sqlite3
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -31,111 +31,191 @@ import models
 import schedules
 from schedules import Refused, number
 
-# Dense recipes: CIFAR as He 2016 / Le & Hua 2021, ImageNet as torchvision's V1 weights. `retrain`
-# is the budget t of a dense run of so many epochs. shapes: small enough for a laptop.
+# ---- recipes -------------------------------------------------------------------------------------
+
+# CIFAR as He 2016 / Le & Hua 2021, ImageNet as torchvision's V1 weights. `retrain` is the usual
+# budget t of a dense run of so many epochs. shapes: small enough for a laptop.
 CIFAR = {"schedule": "step", "epochs": 160, "batch_size": 64, "lr": 0.1, "milestones": [80, 120],
          "momentum": 0.9, "weight_decay": 1e-4, "retrain": 40}
-RECIPES = {
-    "shapes": {**CIFAR, "epochs": 16, "milestones": [8, 12], "weight_decay": 5e-4, "retrain": 5},
-    "cifar10": CIFAR, "cifar100": CIFAR, "folder": CIFAR,
-    "imagenet": {**CIFAR, "epochs": 90, "batch_size": 256, "milestones": [30, 60], "retrain": 45},
-}
-# The authors' normalisation, kept: its std is not the per-pixel one (0.2470, 0.2435, 0.2616).
-CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PAD = 4             # black border around small images, out of which the crop is drawn
-LARGEST_RESIDENT = 64   # pixels a side; larger images are decoded on the fly at 224
+IMAGENET = {"schedule": "step", "epochs": 90, "batch_size": 256, "lr": 0.1, "milestones": [30, 60],
+            "momentum": 0.9, "weight_decay": 1e-4, "retrain": 45}
+SHAPES = {"schedule": "step", "epochs": 26, "batch_size": 64, "lr": 0.1, "milestones": [13, 23],
+          "momentum": 0.9, "weight_decay": 5e-4, "retrain": 4}
+RECIPES = {"shapes": SHAPES, "cifar10": CIFAR, "cifar100": CIFAR, "imagenet": IMAGENET,
+           "folder": CIFAR}
+
+
+def make_recipe(args):
+    """The settings of a dense run: the data set's recipe with what the command line says instead.
+    A dict of plain values, as `schedules.dense` takes it."""
+    base = RECIPES[args.dataset]
+    recipe = {"dataset": args.dataset, "seed": args.seed, "subset": args.subset,
+              "dry_run": args.dry_run, "pretrained": args.pretrained}
+    for key in ("schedule", "epochs", "batch_size", "lr", "momentum", "weight_decay"):
+        given = getattr(args, key)
+        recipe[key] = base[key] if given is None else given
+    if args.pretrained not in (None, "torchvision"):
+        recipe["pretrained"] = os.path.abspath(args.pretrained)
+    if args.epochs == 0:                    # the --pretrained weights, which are trained already
+        recipe["epochs"] = base["epochs"]
+    if args.dry_run:
+        recipe["batch_size"] = 8
+        recipe["epochs"] = min(recipe["epochs"], 2)
+    recipe["milestones"] = milestones(args.milestones, base, recipe)
+    return recipe
+
+
+def milestones(given, base, recipe):
+    """The epochs of the x0.1 drops. With another T than the data set's recipe they move
+    proportionally: none before epoch 1, never two at once."""
+    total = recipe["epochs"]
+    if given is not None:
+        if recipe["schedule"] != "step" and given:
+            raise Refused("argument --milestones: belongs to --schedule step")
+        if given != sorted({m for m in given if m < total}):
+            raise Refused("argument --milestones: must ascend, below the epochs of the run "
+                          f"({total})")
+        return given
+    drops = set()
+    if recipe["schedule"] == "step":
+        for milestone in base["milestones"]:
+            drops.add(max(1, milestone * total // base["epochs"]))
+    return sorted(drop for drop in drops if drop < total)
+
+
+def budget(recipe):
+    """The default budget t: the same fraction of T as in the data set's recipe."""
+    base = RECIPES[recipe["dataset"]]
+    return max(1, recipe["epochs"] * base["retrain"] // base["epochs"])
+
+
+def snapshot_epochs(recipe):
+    """The epochs whose state is kept for weight rewinding: about eighteen, spaced evenly, among
+    them T - t for the default budget t."""
+    total = recipe["epochs"]
+    every = max(1, total // 18)
+    return range((total - budget(recipe)) % every, total, every)
 
 
 # ---- the loop ------------------------------------------------------------------------------------
 
-def fit(network, data, schedule, settings, machine, path, masks=None, momentum=None, keep=()):
+CURVE = ("epoch", "lr", "train_loss", "train_accuracy", "test_accuracy")
+
+
+def fit(network, data, schedule, settings, machine, path, masks=None, momentum=None, keep=(),
+        label=""):
     """Train `network` in place: the one loop, for dense training and every retraining.
 
-    A generator: after each epoch it yields (curve, seconds), a dict for each epoch so far and the
-    time they took. schedule: step -> (lr, momentum). settings: dict of plain values that define the
-    run, of which the loop uses epochs, batch_size, weight_decay and seed. masks: {weight name: bool
-    tensor}, False stays exactly 0. momentum: {parameter name: buffer} to start from (weight
-    rewinding). path: where the state is written after each epoch and gone on from if it is there,
-    until the caller puts the result in its place; after the epochs in `keep` also kept beside it.
-    Raises Refused on a loss or weights that are not finite and on a state of another run."""
-    curve, seconds = [], 0.0
-    if os.path.exists(path):
-        state = models.read(path, "state")
-        same_run(settings, state["settings"], path)
+    network   in the layout that its parameters have; is moved to the device
+    data      a `Data`
+    schedule  a function step -> (lr, momentum)
+    settings  plain values that define the run; used here: epochs, batch_size, weight_decay, seed
+    machine   a `Machine`
+    path      the checkpoint that the caller will write; the state lies beside it after each epoch
+              (`models.state_path`), and the run resumes from it if it is there
+    masks     {weight name: bool tensor}; where False, the weight stays exactly 0
+    momentum  {parameter name: buffer} to start from (weight rewinding)
+    keep      after these epochs the state is also kept beside `path`, for weight rewinding
+    label     printed behind each epoch
+
+    Returns (curve, seconds): a dict of lists, a value for each epoch (CURVE; accuracies in percent,
+    lr of the epoch's first step), and the time. Raises Refused on a loss or weights that are not
+    finite and on a state of another run."""
+    state_file = models.state_path(path)
+    curve, seconds = {key: [] for key in CURVE}, 0.0
+    state = models.read_state(state_file)
+    if state:
+        same_run(settings, state["settings"], state_file)
         network.load_state_dict(state["model"])
-        momentum, curve, seconds = state["momentum"], state["curve"], state["seconds"]
-        yield curve, seconds
+        momentum = state["momentum"]
+        curve = state["curve"]
+        seconds = state["seconds"]
+        say(describe(curve, seconds, settings["epochs"]), label)
     network.to(machine.device, memory_format=torch.channels_last)
-    optimizer = optimizer_of(network, settings["weight_decay"], momentum)
-    group = optimizer.param_groups[0]
-    if masks:
-        weights = [network.get_parameter(n).data for n in masks]        # laid out alike, below
-        masks = weights, [torch.empty_like(w).copy_(m) for w, m in zip(weights, masks.values())]
-    forward = network if machine.world == 1 else torch.nn.parallel.DistributedDataParallel(network)
-    if machine.compile:
-        forward = torch.compile(forward)
-    steps = math.ceil(len(data.train[1]) / settings["batch_size"])
-    for epoch in range(len(curve), settings["epochs"]):
-        began, losses, hits, seen = time.perf_counter(), [], [], 0
+    optimizer = make_optimizer(network, settings["weight_decay"], momentum)
+    pinned = pairs(network, masks or {})
+    forward = wrap(network, machine)
+    slices = batch_slices(data, settings, machine)
+    for epoch in range(len(curve["epoch"]), settings["epochs"]):
+        began = time.perf_counter()
         network.train()
-        batches = train_batches(data, settings["seed"], epoch, settings["batch_size"], machine)
-        for step, (x, y) in enumerate(batches, epoch * steps):
-            group["lr"], group["momentum"] = schedule(step)
-            loss, right = train_step(forward, optimizer, x, y, machine, masks)
+        losses, hits, seen = [], [], 0
+        batches = train_batches(data, slices, settings["seed"], epoch, machine)
+        for step, (x, y) in enumerate(batches, epoch * len(slices)):
+            loss, right = train_step(forward, optimizer, x, y, schedule(step), machine, pinned)
             losses.append(loss * len(y))                      # stays on the device: no step waits
             hits.append(right)
             seen += len(y) * machine.world
-        losses, hits = torch.stack(losses), torch.stack(hits)
-        if machine.world > 1:       # all learn of all; and evaluate the first one's BN statistics
-            for value in (losses, hits):
-                torch.distributed.all_reduce(value)
-            for buffer in network.buffers():
-                torch.distributed.broadcast(buffer, 0)
-        losses, hits = losses.cpu(), hits.cpu()
-        if not losses.isfinite().all():
+        loss, right = total(losses, hits, network, machine)
+        if not np.isfinite(loss):
             raise Refused(f"the loss is not finite in epoch {epoch + 1}; try a smaller --lr")
-        curve.append({"epoch": epoch + 1, "lr": schedule(epoch * steps)[0],
-                      "train_loss": losses.double().sum().item() / seen,
-                      "train_accuracy": 100 * hits.sum().item() / seen,
-                      "test_accuracy": evaluate(network, data, machine)})
+        point = {"epoch": epoch + 1, "lr": schedule(epoch * len(slices))[0],
+                 "train_loss": loss / seen, "train_accuracy": 100 * right / seen,
+                 "test_accuracy": evaluate(network, data, machine)}
+        for key, value in point.items():
+            curve[key].append(value)
         seconds += time.perf_counter() - began
-        for file in [snapshot_path(path, epoch + 1)] * (epoch + 1 in keep) + [path]:
-            models.save(file, {
-                "kind": "state", "settings": settings, "curve": curve, "seconds": seconds,
-                "model": network.state_dict(),
-                "momentum": {name: optimizer.state[p]["momentum_buffer"] for name, p in
-                             network.named_parameters() if optimizer.state[p]}})
-        yield curve, seconds
+        state = {"settings": settings, "curve": curve, "seconds": seconds,
+                 "model": network.state_dict(), "momentum": buffers(optimizer, network)}
+        if epoch + 1 in keep:
+            models.save(snapshot_path(os.path.dirname(path), epoch + 1), state)
+        models.save(state_file, state)
+        say(describe(curve, seconds, settings["epochs"]), label)
+    return curve, seconds
 
 
-def train_step(forward, optimizer, x, y, machine, masks=None):
-    """One step of SGD. Returns the loss and how many answers are right, still on the device."""
-    with machine.autocast():
-        out = forward(x)
+def train_step(forward, optimizer, x, y, schedule, machine, pinned=None):
+    """One step of SGD at `schedule`, a pair (lr, momentum); `pinned`: see `pairs`.
+
+    Returns the loss and how many answers are right, still on the device."""
+    group = optimizer.param_groups[0]
+    group["lr"], group["momentum"] = schedule
+    try:
+        with machine.autocast():
+            out = forward(x)
+    except ValueError as problem:               # batch norm, of one image with one value a channel
+        raise Refused(f"argument --batch-size: the last batch has {len(x)} image: {problem}"
+                      ) from None
+    except RuntimeError as problem:
+        if not machine.compile:
+            raise
+        raise Refused(f"argument --compile: {str(problem).splitlines()[0]}") from None
     loss = F.cross_entropy(out.float(), y)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    if masks:                                  # pruned weights: back to exactly 0, all in one call
-        torch._foreach_mul_(*masks)
+    if pinned:                                  # pruned weights: back to exactly 0, all in one call
+        torch._foreach_mul_(*pinned)
     return loss.detach(), (out.detach().argmax(1) == y).sum()
+
+
+def total(losses, hits, network, machine):
+    """(summed loss, right answers) of an epoch, over all processes, as numbers: the one wait."""
+    losses = torch.stack(losses)
+    hits = torch.stack(hits)
+    if machine.world > 1:    # sum over processes; everyone evaluates with rank 0's BN statistics
+        torch.distributed.all_reduce(losses)
+        torch.distributed.all_reduce(hits)
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, 0)
+    return losses.cpu().double().sum().item(), hits.cpu().sum().item()
 
 
 def evaluate(network, data, machine):
     """Percent of the test images that are classified rightly; each counted exactly once."""
     network.eval()
-    mine = torch.arange(machine.rank, len(data.test[1]), machine.world)
+    count = len(data.test.labels)
+    mine = torch.arange(machine.rank, count, machine.world)
+    right = torch.zeros((), dtype=torch.int64, device=machine.device)
     with torch.inference_mode(), machine.autocast():
-        right = sum(((network(x).argmax(1) == y).sum()
-                     for x, y in plain_batches(data.test, mine, data, machine)),
-                    torch.zeros((), dtype=torch.int64, device=machine.device))
+        for x, y in plain_batches(data.test, mine, data, machine):
+            right += (network(x).argmax(1) == y).sum()
         if machine.world > 1:
             torch.distributed.all_reduce(right)
-    return 100 * right.item() / len(data.test[1])
+    return 100 * right.item() / count
 
 
-def optimizer_of(network, weight_decay, momentum=None):
+def make_optimizer(network, weight_decay, momentum=None):
     """Plain SGD, fused, weight decay on everything; `momentum`: {parameter name: buffer} to start
     from. Learning rate and momentum are set at every step, from the schedule."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9,
@@ -143,20 +223,52 @@ def optimizer_of(network, weight_decay, momentum=None):
     for name, buffer in (momentum or {}).items():
         parameter = network.get_parameter(name)
         # Laid out as the parameter is: the fused kernel walks both memories side by side.
-        optimizer.state[parameter]["momentum_buffer"] = (
-            torch.empty_like(parameter).detach().copy_(buffer))
+        laid_out = torch.empty_like(parameter).detach().copy_(buffer)
+        optimizer.state[parameter]["momentum_buffer"] = laid_out
     return optimizer
 
 
-def snapshot_path(path, epoch):
-    """Where the state after `epoch` epochs of a dense run is kept for weight rewinding."""
-    return os.path.join(os.path.dirname(path), f"epoch-{epoch:03d}.pt")
+def buffers(optimizer, network):
+    """The optimizer's momentum as {parameter name: buffer}; nothing before its first use."""
+    found = {}
+    for name, parameter in network.named_parameters():
+        if optimizer.state[parameter]:
+            found[name] = optimizer.state[parameter]["momentum_buffer"]
+    return found
+
+
+def pairs(network, masks):
+    """(weights, masks) as two lists for one multiplication a step, each mask laid out as its
+    weight; None without masks."""
+    if not masks:
+        return None
+    weights = [network.get_parameter(name).data for name in masks]
+    laid_out = [torch.empty_like(w).copy_(m) for w, m in zip(weights, masks.values())]
+    return weights, laid_out
+
+
+def wrap(network, machine):
+    """The network as the loop calls it: one of several processes, or compiled."""
+    forward = network
+    if machine.world > 1:
+        forward = torch.nn.parallel.DistributedDataParallel(network)
+    if machine.compile:
+        forward = torch.compile(forward)
+    return forward
+
+
+def snapshot_path(folder, epoch):
+    """Where the state after `epoch` epochs of the dense run in `folder` is kept."""
+    return os.path.join(folder, f"epoch-{epoch:03d}.pt")
 
 
 def same_run(wanted, found, path):
-    """Refuse, naming the settings that differ, unless two dicts of settings are equal."""
-    differ = [f"{k} (here {wanted.get(k)!r}, there {found.get(k)!r})"
-              for k in {**wanted, **found} if wanted.get(k) != found.get(k)]
+    """Raises Refused, naming the settings that differ, unless two dicts of settings are equal."""
+    differ = []
+    for key in dict.fromkeys([*wanted, *found]):
+        here, there = wanted.get(key), found.get(key)
+        if here != there:
+            differ.append(f"{key} (here {here!r}, there {there!r})")
     if differ:
         raise Refused(f"{path}: belongs to another run, with another {', '.join(differ)}; "
                       "remove this file or take another folder (--out)")
@@ -164,24 +276,116 @@ def same_run(wanted, found, path):
 
 def describe(curve, seconds, epochs):
     """The last epoch of a curve as a line of text, and how long the others will take."""
-    point, left = curve[-1], seconds / len(curve) * (epochs - len(curve))
-    return (f"{point['epoch']:4d}/{epochs}  lr {point['lr']:<9.4g} loss {point['train_loss']:.4f}  "
-            f"train {point['train_accuracy']:5.2f} %  test {point['test_accuracy']:5.2f} %  "
-            f"{left / 60:.1f} min left")
+    done = curve["epoch"][-1]
+    left = seconds / done * (epochs - done)
+    return (f"{done:4d}/{epochs}  lr {curve['lr'][-1]:<9.4g} loss {curve['train_loss'][-1]:.4f}  "
+            f"train {curve['train_accuracy'][-1]:5.2f} %  "
+            f"test {curve['test_accuracy'][-1]:5.2f} %  {left / 60:.1f} min left")
+
+
+# ---- the dense run -------------------------------------------------------------------------------
+
+def train(args, machine):
+    """The dense run: writes dense.pt, and the snapshots that weight rewinding needs."""
+    recipe = make_recipe(args)
+    folder = args.out or f"runs/{args.dataset}-{args.arch}-s{args.seed}"
+    if args.dry_run and not args.out:
+        folder += "-dry"
+    target = os.path.join(folder, "dense.pt")
+    with torch.device("meta"):
+        models.build(args.arch, 10, seed=None)       # refuses unknown names before data are loaded
+    made = provenance(machine)
+    data_dir = "" if args.dataset == "shapes" else os.path.abspath(args.data_dir or "data")
+    data = load_data(args.dataset, data_dir, recipe["subset"], recipe["dry_run"], machine.device)
+    settings = run_settings(recipe, args.arch, machine.precision, data.fingerprint)
+    if os.path.exists(target):
+        done = models.read(target, "dense")
+        dense = done["dense"]
+        same_run(settings, run_settings(dense["recipe"], done["arch"], dense["precision"],
+                                        dense["data"]), target)
+        models.tidy(target)
+        say(f"{target}: done already, test {dense['test_accuracy']:.2f} %")
+        return
+    network = models.build(args.arch, data.classes, args.seed, recipe["pretrained"])
+    parameters, macs = counts(network, args.arch, data.side)
+    say(f"{args.arch} on {args.dataset} ({data.fingerprint}; {len(data.test.labels)} test images): "
+        f"{parameters:,} parameters, {macs:,} MACs; {recipe['epochs']} epochs, x0.1 at "
+        f"{recipe['milestones']}; {machine.device}, {machine.precision}")
+    if args.epochs == 0:
+        curve, seconds = {key: [] for key in CURVE}, 0.0
+        accuracy = evaluate(network.to(machine.device), data, machine)
+    else:
+        schedule = schedules.dense(recipe, len(batch_slices(data, recipe, machine)))
+        curve, seconds = fit(network, data, schedule, settings, machine, target,
+                             keep=snapshot_epochs(recipe))
+        accuracy = curve["test_accuracy"][-1]
+    model = network.state_dict()
+    models.save(target, {
+        "arch": args.arch, "classes": data.classes, "side": data.side, "mean": data.mean,
+        "std": data.std, "data_dir": data_dir, "model": model,
+        "dense": {
+            "recipe": recipe, "data": data.fingerprint, "precision": machine.precision,
+            "digest": models.digest(model), "curve": curve, "test_accuracy": accuracy,
+            "params": parameters, "macs": macs, "seconds": round(seconds, 1), **made}})
+    models.tidy(target)
+    say(f"test {accuracy:.2f} % after {len(curve['epoch'])} epochs, {seconds:.0f} s. "
+        f"Wrote {target}. Next: python prune.py {shlex.quote(target)}")
+
+
+def run_settings(recipe, arch, precision, fingerprint):
+    """All that defines a dense run, as one dict of plain values."""
+    return {**recipe, "arch": arch, "precision": precision, "data": fingerprint}
+
+
+def counts(network, arch, side):
+    """(parameters, MACs) of a network for images of `side` pixels; Refused if it cannot take them.
+    """
+    try:
+        return models.count(network, side)
+    except RuntimeError:
+        raise Refused(f"argument --arch: {arch} cannot take images of {side} pixels") from None
 
 
 # ---- batches -------------------------------------------------------------------------------------
 
+class Split(NamedTuple):
+    """The training or the test images."""
+    images: torch.Tensor | np.ndarray   # uint8 (n, 3, side, side), on the device; or file paths
+    labels: torch.Tensor                # int64 (n,); beside paths on the CPU
+
+
 class Data(NamedTuple):
-    """A data set. A split is (images, labels): images are uint8 (n, 3, side, side) on the device,
-    the training ones with their black border, or, if too large, an array of file paths."""
-    train: tuple
-    test: tuple
+    """A data set. Small images are on the device, the training ones with a black border of PAD
+    pixels; large ones are files, decoded on the fly."""
+    train: Split | None
+    test: Split
     side: int
     classes: int
     mean: list
     std: list
     fingerprint: str = ""
+
+
+PAD = 4             # black border around small images, out of which the crop is drawn
+
+
+def batch_slices(data, settings, machine):
+    """Each batch of an epoch as a slice of the epoch's order. Its length is S, the number of steps.
+
+    With several processes (torchrun) each takes every world-th image of the same global batch, and
+    all as many, so that DistributedDataParallel's mean over processes is the batch's mean: a
+    remainder that cannot be shared evenly is dropped."""
+    count, size = len(data.train.labels), settings["batch_size"]
+    slices = []
+    for low in range(0, count, size):
+        images = min(size, count - low)
+        images -= images % machine.world
+        if images:
+            slices.append(slice(low + machine.rank, low + images, machine.world))
+    if not slices:
+        raise Refused(f"argument --batch-size: {machine.world} processes share batches of "
+                      f"{min(size, count)} images; start fewer")
+    return slices
 
 
 def epoch_draws(seed, epoch, count):
@@ -190,7 +394,8 @@ def epoch_draws(seed, epoch, count):
     draw = np.random.default_rng((seed, epoch))
     order = torch.from_numpy(draw.permutation(count))
     crop = torch.from_numpy(draw.integers(0, 2 * PAD + 1, (count, 2)))
-    return order, crop, torch.from_numpy(draw.integers(0, 2, count).astype(bool))
+    flip = torch.from_numpy(draw.integers(0, 2, count).astype(bool))
+    return order, crop, flip
 
 
 def augment(padded, index, crop, flip):
@@ -206,72 +411,294 @@ def augment(padded, index, crop, flip):
 
 def normaliser(data, device):
     """A function: uint8 images -> float32, channels_last, with the data set's mean and std."""
-    scale, shift = [1 / (255 * s) for s in data.std], [-m / s for m, s in zip(data.mean, data.std)]
-    scale, shift = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (scale, shift))
-    return lambda x: (x.to(torch.float32, memory_format=torch.channels_last)
-                      .mul_(scale).add_(shift))
+    scale = torch.tensor([1 / (255 * s) for s in data.std], device=device).view(1, 3, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(data.mean, data.std)], device=device)
+    shift = shift.view(1, 3, 1, 1)
+
+    def normalise(x):
+        x = x.to(torch.float32, memory_format=torch.channels_last)
+        return x.mul_(scale).add_(shift)
+    return normalise
 
 
-def train_batches(data, seed, epoch, batch_size, machine):
-    """The batches of an epoch: (float images, labels).
-
-    With several processes (torchrun) each takes every world-th sample of the same global batch, and
-    all as many, so that DistributedDataParallel's mean over processes is the batch's mean: what is
-    left over of the batch, less than world samples, is left out."""
+def train_batches(data, slices, seed, epoch, machine):
+    """The augmented batches of an epoch: (float images, labels) for each of the `slices`."""
     images, labels = data.train
     order, crop, flip = epoch_draws(seed, epoch, len(labels))
-    rank, world = machine.rank, machine.world
-    parts = [slice(low + rank, low + size, world) for low in range(0, len(labels), batch_size)
-             if (size := min(batch_size, len(labels) - low) // world * world)]
     if isinstance(images, np.ndarray):
-        return file_batches(data.train, [order[p] for p in parts], data, machine, (seed, epoch))
-    order, crop, flip = (t.to(machine.device) for t in (order, crop, flip))
+        parts = [order[part] for part in slices]
+        yield from file_batches(data.train, parts, data, machine, (seed, epoch))
+        return
     normalise = normaliser(data, machine.device)
-    return ((normalise(augment(images, order[p], crop[p], flip[p])), labels[order[p]])
-            for p in parts)
+    order, crop, flip = [t.to(machine.device) for t in (order, crop, flip)]
+    for part in slices:
+        x = augment(images, order[part], crop[part], flip[part])
+        yield normalise(x), labels[order[part]]
 
 
 def plain_batches(split, index, data, machine):
     """(float images, labels) of the images `index` of a split, as they are."""
     images, labels = split
     if isinstance(images, np.ndarray):
-        return file_batches(split, index.split(128), data, machine)
-    parts, normalise = index.to(machine.device).split(1000), normaliser(data, machine.device)
-    return ((normalise(images[part]), labels[part]) for part in parts)
+        yield from file_batches(split, index.split(128), data, machine)
+        return
+    normalise = normaliser(data, machine.device)
+    for part in index.to(machine.device).split(1000):
+        yield normalise(images[part]), labels[part]
 
 
-def decoded(paths, labels, transform, seed, index):
-    """Some large images, decoded and transformed, as uint8 (b, 3, 224, 224), and their labels. What
-    is random in it, each draws by a seed of its own, whichever process draws it."""
-    images = []
-    for i in index:
-        torch.manual_seed(hash((seed, i)))
-        images.append(transform(decode(paths[i])))
-    return torch.stack(images), labels[index]
+def plain_training_images(data, index, machine):
+    """(float images, labels) of the training images `index`, neither cropped nor flipped."""
+    split = data.train
+    if not isinstance(split.images, np.ndarray):
+        split = Split(split.images[:, :, PAD:-PAD, PAD:-PAD], split.labels)
+    return plain_batches(split, index, data, machine)
 
 
 def file_batches(split, parts, data, machine, seed=None):
-    """(float images, labels) for each index tensor of `parts`; augmented if there is a `seed`."""
+    """(float images, labels) for each index tensor of `parts`, decoded by worker processes;
+    augmented if there is a `seed`."""
     from torchvision.transforms import v2
-    images, labels = split
-    normalise = normaliser(data, machine.device)
-    crop = ([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()] if seed
-            else [v2.Resize(256, antialias=True), v2.CenterCrop(224)])
+    crop = [v2.Resize(256, antialias=True), v2.CenterCrop(224)]
+    if seed:
+        crop = [v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()]
     transform = v2.Compose([*crop, v2.PILToTensor()])
+    enough_shared_memory(machine.workers, max(map(len, parts)))
+    normalise = normaliser(data, machine.device)
     loader = torch.utils.data.DataLoader(
-        range(len(images)), batch_sampler=[part.tolist() for part in parts],
-        collate_fn=functools.partial(decoded, images, labels.cpu(), transform, seed),
+        range(len(split.images)), batch_sampler=[part.tolist() for part in parts],
+        collate_fn=functools.partial(decoded, split, transform, seed),
         num_workers=machine.workers, pin_memory=machine.device.type == "cuda")
-    try:
-        for x, y in loader:
-            x, y = (t.to(machine.device, non_blocking=True) for t in (x, y))
-            yield normalise(x), y
-    except Refused as problem:     # out of a worker it comes with that one's traceback as its text
-        problem.__traceback__ = None     # holds the loader, whose workers would end 5 s late
-        raise Refused(str(problem).strip().rsplit("Refused: ")[-1]) from None
+    for x, y, problem in loader:
+        if problem:
+            raise Refused(problem)
+        x = x.to(machine.device, non_blocking=True)
+        yield normalise(x), y.to(machine.device, non_blocking=True)
+
+
+def decoded(split, transform, seed, index):
+    """Some large images, decoded and transformed, as uint8 (b, 3, 224, 224), their labels, and
+    what is wrong with one of them (or ""). Each image has its own seed, so the result does not
+    depend on which worker decodes it."""
+    images = []
+    for i in index:
+        draw = np.random.SeedSequence((*(seed or ()), i))
+        torch.manual_seed(int(draw.generate_state(1, np.uint64)[0]) >> 1)
+        try:
+            images.append(transform(decode(split.images[i])))
+        except Refused as problem:               # raised here it would come with its traceback
+            return torch.empty(0), torch.empty(0), str(problem)
+    return torch.stack(images), split.labels[index], ""
+
+
+def enough_shared_memory(workers, batch_size):
+    """Raises Refused if /dev/shm, through which workers hand on their batches, is too small for
+    them: they would wait for ever. Each has two batches ready, and one is in use."""
+    if not workers or not os.path.isdir("/dev/shm"):
+        return
+    free = os.statvfs("/dev/shm")
+    free = free.f_bavail * free.f_frsize
+    needed = (2 * workers + 1) * batch_size * 3 * 224 * 224
+    if free < needed:
+        raise Refused(f"argument --workers: {workers} need {needed >> 20} MB of /dev/shm, where "
+                      f"{free >> 20} MB are free; give --workers 0, or it more (docker --shm-size)")
 
 
 # ---- data sets -----------------------------------------------------------------------------------
+
+# The authors' normalisation, kept: its std is not the per-pixel one (0.2470, 0.2435, 0.2616).
+CIFAR_STATISTICS = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
+IMAGENET_STATISTICS = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+LARGEST_RESIDENT = 64       # pixels a side; larger images are decoded on the fly at 224
+DRY_RUN_IMAGES = 16
+NO_CLASSES = ("__MACOSX", "@eaDir", "lost+found")       # folders that systems make
+
+
+@functools.lru_cache(1)
+def load_data(dataset, data_dir, subset, dry_run, device):
+    """A `Data`: of all training images (subset None) or of so many, class-balanced. Raises Refused
+    if the images are not to be had or do not fit each other."""
+    images, labels, classes = load_split(dataset, data_dir, True, subset, dry_run)
+    test_images, test_labels, test_classes = load_split(dataset, data_dir, False, None, dry_run)
+    side = side_of(images)
+    if classes != test_classes or side != side_of(test_images):
+        odd = sorted({*classes} ^ {*test_classes}) or [side, side_of(test_images)]
+        raise Refused(f"argument --data-dir: {data_dir}: training and test images differ in their "
+                      f"classes or pixels: {' '.join(map(str, odd))}")
+    if isinstance(images, np.ndarray):
+        names = ["/".join(path.replace("\\", "/").split("/")[-2:]) for path in images]
+        content = os.fsencode("".join(names))
+        mean, std = IMAGENET_STATISTICS
+    else:
+        mean, std = CIFAR_STATISTICS if "cifar" in dataset else statistics_of(images)
+        images = F.pad(images, (PAD,) * 4)
+        content = images.numpy().tobytes()
+    digest = hashlib.sha256(labels.numpy().tobytes() + content).hexdigest()[:8]
+    return Data(on_device(images, labels, device), on_device(test_images, test_labels, device),
+                side, len(classes), mean, std,
+                f"{len(labels)} images, {len(classes)} classes, {side} pixels, {digest}")
+
+
+def data_for(checkpoint, args, machine):
+    """The `Data` that a checkpoint's network was trained on, or those of --data-dir, normalised as
+    the network takes them. Says so if they are others; Refused if they do not fit it."""
+    recipe = checkpoint["dense"]["recipe"]
+    data = load_data(recipe["dataset"], args.data_dir or checkpoint["data_dir"], recipe["subset"],
+                     recipe["dry_run"], machine.device)
+    fits(checkpoint, data.classes, data.side)
+    known = checkpoint["dense"]["data"]
+    if data.fingerprint != known:
+        say(f"note: other images ({data.fingerprint}) than the dense network was trained on "
+            f"({known})")
+    return data._replace(mean=checkpoint["mean"], std=checkpoint["std"])
+
+
+def data_to_test(checkpoint, args, machine):
+    """As `data_for`, without training images."""
+    recipe = checkpoint["dense"]["recipe"]
+    images, labels, classes = load_split(
+        recipe["dataset"], args.data_dir or checkpoint["data_dir"], False, None, recipe["dry_run"])
+    fits(checkpoint, len(classes), side_of(images))
+    return Data(None, on_device(images, labels, machine.device), checkpoint["side"],
+                checkpoint["classes"], checkpoint["mean"], checkpoint["std"])
+
+
+def fits(checkpoint, classes, side):
+    """Raises Refused for images of other classes or sizes than a checkpoint's network takes."""
+    if (classes, side) != (checkpoint["classes"], checkpoint["side"]):
+        raise Refused(f"argument --data-dir: {classes} classes, {side} pixels, but the network was "
+                      f"trained for {checkpoint['classes']} classes, {checkpoint['side']} pixels")
+
+
+def on_device(images, labels, device):
+    """A `Split`; paths and their labels stay where they are."""
+    if isinstance(images, np.ndarray):
+        return Split(images, labels)
+    return Split(images.to(device), labels.to(device))
+
+
+def side_of(images):
+    """The pixels a side at which images are shown to the network."""
+    return 224 if isinstance(images, np.ndarray) else images.shape[-1]
+
+
+def load_split(dataset, data_dir, training, subset, dry_run):
+    """The training or test images: uint8 (n, 3, side, side) or an array of file paths; their
+    labels, int64; and the names of the classes."""
+    images, labels, classes = read_split(dataset, data_dir, training)
+    if dry_run:
+        chosen = balanced(labels, DRY_RUN_IMAGES)
+    elif subset is not None:
+        chosen = balanced(labels, subset)
+        if len(chosen) < subset:
+            raise Refused(f"argument --subset: a class has too few images for {subset} evenly of "
+                          "all")
+    else:
+        chosen = slice(None)
+    images, labels = images[chosen], torch.from_numpy(labels[chosen])
+    if isinstance(images, np.ndarray) and max(decode(images[0]).size) <= LARGEST_RESIDENT:
+        images = resident(images)
+    return images, labels, classes
+
+
+def read_split(dataset, data_dir, training):
+    """As `load_split`, of all images, small files not yet decoded; labels are a numpy array."""
+    if dataset == "shapes":
+        images, labels = shapes(3000, 0) if training else shapes(2000, 1)
+        return images, labels.numpy(), list(range(10))
+    if dataset in ("cifar10", "cifar100"):
+        from torchvision import datasets
+        try:
+            found = getattr(datasets, dataset.upper())(data_dir, training, download=True)
+        except (OSError, RuntimeError) as problem:
+            raise Refused(f"argument --data-dir: no {dataset} in {data_dir}, nor a download: "
+                          f"{problem}") from None
+        images = torch.from_numpy(found.data).permute(0, 3, 1, 2)
+        return images, np.array(found.targets, np.int64), found.classes
+    classes = class_folders(os.path.join(data_dir, "train"))
+    names = ["train"] if training else ["test", "val"]
+    for name in names:
+        folder = os.path.join(data_dir, name)
+        found = class_folders(folder)
+        if found and found == (classes or found):        # ImageNet's test/ has no classes: val/
+            return *image_files(folder, found), found
+    wanted = "train/<class>/*" if training else "test/<class>/* or val/<class>/*"
+    raise Refused(f"argument --data-dir: {data_dir} has no {wanted}"
+                  + (f" with the {len(classes)} classes of train/" if classes else ""))
+
+
+def class_folders(folder):
+    """The names of a folder's folders, sorted, without hidden ones and those of systems."""
+    if not os.path.isdir(folder):
+        return []
+    names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    return sorted(n for n in names if not n.startswith(".") and n not in NO_CLASSES)
+
+
+def image_files(folder, classes):
+    """(paths, labels) of the images in the folders `classes`, as torchvision's ImageFolder lists
+    them, without hidden files."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    def shown(path):
+        hidden = "/." in path[len(folder):].replace("\\", "/")
+        return path.lower().endswith(IMG_EXTENSIONS) and not hidden
+    try:
+        found = make_dataset(folder, {name: i for i, name in enumerate(classes)}, None, shown)
+    except FileNotFoundError as problem:
+        raise Refused(f"argument --data-dir: {folder}: {problem}") from None
+    paths, labels = zip(*found)
+    return np.array(paths, object), np.array(labels, np.int64)
+
+
+def balanced(labels, count):
+    """Indices of `count` of the `labels`, fixed and class-balanced; of a class that has too few,
+    all."""
+    classes = labels.max() + 1
+    order = np.random.default_rng(0).permutation(len(labels))
+    chosen = []
+    for c in range(classes):
+        share = count // classes + (c < count % classes)
+        chosen.append(order[labels[order] == c][:share])
+    return np.sort(np.concatenate(chosen))
+
+
+def decode(path):
+    """One image file as PIL RGB. Raises Refused, naming it, if it cannot be read as 8 bits."""
+    from torchvision.datasets.folder import Image           # PIL's
+    try:
+        with Image.open(path) as image:
+            if not image.mode.startswith(("I", "F")):
+                return image.convert("RGB")
+    except Exception as problem:      # PIL's plugins raise anything on damaged files
+        raise Refused(f"{path}: not a readable image ({type(problem).__name__})") from None
+    raise Refused(f"{path}: has more than 8 bits a channel, which PIL would clip to white; convert "
+                  "it to 8")
+
+
+def resident(paths):
+    """Small image files as one uint8 tensor (n, 3, side, side), decoded on all cores."""
+    with ThreadPoolExecutor() as pool:
+        arrays = list(pool.map(lambda path: np.asarray(decode(path)), paths))
+    first = arrays[0].shape
+    for path, array in zip(paths, arrays):
+        if array.shape != first or first[0] != first[1]:
+            raise Refused(f"{path}: has {array.shape[1]} x {array.shape[0]} pixels, {paths[0]} "
+                          f"{first[1]} x {first[0]}; images must be square and of one size, or all "
+                          f"larger than {LARGEST_RESIDENT} pixels")
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def statistics_of(images):
+    """(mean, std) of each channel of uint8 images, two lists, from its histogram."""
+    levels = [torch.bincount(images[:, c].reshape(-1).int(), minlength=256) for c in range(3)]
+    levels = torch.stack(levels).double()
+    share = levels / levels.sum(1, keepdim=True)
+    level = torch.arange(256).double() / 255
+    mean = share @ level
+    variance = share @ level ** 2 - mean.float() ** 2       # float: as the tracked rows were made
+    return mean.tolist(), variance.clamp(min=1e-4).sqrt().tolist()
+
 
 def shapes(count, seed):
     """The generated data set: (images uint8 (count, 3, 24, 24), labels int64), a function of
@@ -284,8 +711,10 @@ def shapes(count, seed):
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=draw)
     labels = torch.arange(count) % 10
-    angle, zoom = uniform(-0.4, 0.4), uniform(1.0, 1.6)
-    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    angle = uniform(-0.4, 0.4)
+    zoom = uniform(1.0, 1.6)
+    cos = zoom * angle.cos()
+    sin = zoom * angle.sin()
     to_blob = torch.stack([cos, -sin, uniform(-0.3, 0.3), sin, cos, uniform(-0.3, 0.3)], 1)
     grid = F.affine_grid(to_blob.view(count, 2, 3), (count, 1, 24, 24), align_corners=False)
     cover = (20 * (F.grid_sample(blobs[labels], grid, align_corners=False) - 0.5)).sigmoid()
@@ -293,116 +722,6 @@ def shapes(count, seed):
     image += cover * (uniform(0, 1, 3, 1, 1) - image)
     image += 0.05 * torch.randn(image.shape, generator=draw)
     return (image.clamp(0, 1) * 255).to(torch.uint8), labels
-
-
-def split_of(name, data_dir, training):
-    """(images: uint8 (n, 3, side, side) or an array of file paths; labels; names of classes)."""
-    if name == "shapes":
-        images, labels = shapes(*((3000, 0) if training else (2000, 1)))
-        return images, labels.numpy(), list(range(10))
-    from torchvision import datasets
-    if name in ("cifar10", "cifar100"):
-        try:
-            found = getattr(datasets, name.upper())(data_dir, training, download=True)
-        except (OSError, RuntimeError) as problem:
-            raise Refused(f"argument --data-dir: no {name} in {data_dir}, nor a download: {problem}"
-                          ) from None
-        images = torch.from_numpy(found.data).permute(0, 3, 1, 2)
-        return images, np.array(found.targets, np.int64), found.classes
-    for folder in ("train",) if training else ("test", "val"):
-        path = os.path.join(data_dir, folder)
-        if os.path.isdir(path):
-            found = datasets.ImageFolder(path)
-            paths = np.array([path for path, _ in found.samples], object)
-            return paths, np.array(found.targets, np.int64), found.classes
-    raise Refused(f"argument --data-dir: {data_dir} has no {'training' if training else 'test'} "
-                  "images: train/<class>/*, and test/ or val/<class>/*")
-
-
-def balanced(labels, count):
-    """`count` indices of `labels`, fixed and class-balanced; Refused if a class has too few."""
-    classes, order = labels.max() + 1, np.random.default_rng(0).permutation(len(labels))
-    chosen = np.concatenate([order[labels[order] == c][:count // classes + (c < count % classes)]
-                             for c in range(classes)])
-    if len(chosen) < count:
-        raise Refused(f"argument --subset: a class has too few images for {count} evenly of all")
-    return np.sort(chosen)
-
-
-def decode(path):
-    """One image file as PIL RGB. Raises Refused, naming it, if it cannot be read."""
-    from torchvision.datasets.folder import default_loader
-    with open(path, "rb") as file:
-        start = file.read(25)
-    if start[:4] == b"\x89PNG" and start[24:] == b"\x10":       # PIL would make it almost white
-        raise Refused(f"{path}: has 16 bits a channel; convert it to 8")
-    try:
-        return default_loader(path)
-    except Exception as problem:      # PIL's plugins raise anything on damaged files
-        raise Refused(f"{path}: not a readable image ({type(problem).__name__})") from None
-
-
-def resident(paths):
-    """Small image files as one uint8 tensor (n, 3, side, side), decoded on all cores."""
-    with ThreadPoolExecutor() as pool:
-        arrays = list(pool.map(lambda path: np.asarray(decode(path)), paths))
-    for path, array in zip(paths, arrays):
-        if array.shape != arrays[0].shape or array.shape[0] != array.shape[1]:
-            raise Refused(f"{path}: all images must be square and of one size, not "
-                          f"{array.shape[1]} x {array.shape[0]}")
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-
-
-def statistics_of(images):
-    """Mean and std of each channel of uint8 images, from its histogram."""
-    levels = torch.stack([torch.bincount(images[:, c].reshape(-1).int(), minlength=256)
-                          for c in range(3)]).double()
-    share, level = levels / levels.sum(1, keepdim=True), torch.arange(256).double() / 255
-    mean = (share @ level).tolist()
-    return mean, (share @ level ** 2 - torch.tensor(mean) ** 2).clamp(min=1e-4).sqrt().tolist()
-
-
-@functools.lru_cache(1)
-def load_data(dataset, data_dir, subset, test_subset, device):
-    """A `Data` of so many training and test images (None: all); Refused if they do not fit."""
-    splits, kinds = [], []
-    for training, wanted in ((True, subset), (False, test_subset)):
-        images, labels, classes = split_of(dataset, data_dir, training)
-        if wanted is not None:
-            chosen = balanced(labels, wanted)
-            images, labels = images[chosen], labels[chosen]
-        if isinstance(images, np.ndarray) and max(decode(images[0]).size) <= LARGEST_RESIDENT:
-            images = resident(images)
-        splits.append([images, torch.from_numpy(labels)])
-        kinds.append((classes, 224 if isinstance(images, np.ndarray) else images.shape[-1]))
-    (classes, side), (images, labels) = kinds[0], splits[0]
-    if kinds[1] != kinds[0]:       # as many classes, but others: labels would be silently wrong
-        odd = sorted({*kinds[0][0]} ^ {*kinds[1][0]}) or [pixels for _, pixels in kinds]
-        raise Refused(f"argument --data-dir: {data_dir}: training and test images differ in their "
-                      f"classes or pixels: {' '.join(map(str, odd))}")
-    if isinstance(images, np.ndarray):
-        content = "".join("/".join(p.replace("\\", "/").split("/")[-2:]) for p in images).encode()
-        mean, std = IMAGENET_STATISTICS
-    else:
-        splits[0][0] = F.pad(images, (PAD,) * 4)
-        content = splits[0][0].numpy().tobytes()
-        mean, std = CIFAR_STATISTICS if "cifar" in dataset else statistics_of(images)
-    digest = hashlib.sha256(labels.numpy().tobytes() + content).hexdigest()[:8]
-    splits = [[x if isinstance(x, np.ndarray) else x.to(device) for x in split] for split in splits]
-    return Data(*splits, side, len(classes), list(mean), list(std),
-                f"{len(labels)} images, {len(classes)} classes, {side} pixels, {digest}")
-
-
-def data_for(checkpoint, args, machine):
-    """The `Data` of a checkpoint. Raises Refused if its network was not trained on them."""
-    recipe, known = checkpoint["recipe"], checkpoint["settings"]["data"]
-    data_dir = args.data_dir or checkpoint["data_dir"]
-    data = load_data(recipe["dataset"], data_dir, recipe["subset"], recipe["test_subset"],
-                     machine.device)
-    if data.fingerprint != known:
-        raise Refused(f"argument --data-dir: {data_dir}: {data.fingerprint}, "
-                      f"but the network was trained on {known}")
-    return data
 
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -420,167 +739,135 @@ class Machine(NamedTuple):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def the_machine(args):
+def make_machine(args):
     """The `Machine` of the command line; joins the process group when started by torchrun."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if rank >= world:
-        raise Refused(f"environment: RANK={rank} of WORLD_SIZE={world}: start with torchrun or "
-                      "unset both")
-    device, gpus = torch.device(args.device), torch.accelerator.device_count()
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(local % gpus)
-    # glibc hands every large tensor's memory back and faults it in again: a tenth of a CPU's step.
-    with contextlib.suppress(OSError, TypeError, AttributeError):        # another system's library
-        for parameter, value in ((-3, 32 << 20), (-1, 2 ** 31 - 1)):     # M_MMAP_, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, value)
+    rank, world, local = processes()
+    device = torch.device(args.device)
     cuda = device.type == "cuda"
+    if device.type != "cpu":
+        index = device.index
+        if index is None:
+            index = local % torch.accelerator.device_count()
+        torch.accelerator.set_device_index(index)
+    keep_memory()
     torch.backends.cudnn.benchmark = cuda
     torch.backends.cudnn.allow_tf32 = False                 # fp32 is fp32: torch's default is tf32
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    usual = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return Machine(device, args.precision or usual, args.compile, args.workers, rank, world)
+    precision = args.precision
+    if precision is None:
+        fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if fast else "fp32"
+    return Machine(device, precision, getattr(args, "compile", False), args.workers, rank, world)
 
 
-def provenance(device):
-    """What else decides the bits of a result, for the record: among it the git commit of this code,
-    with -dirty if it was changed since (empty outside a clone)."""
-    commit, git = "", ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    with contextlib.suppress(OSError):
-        commit = subprocess.run(git, cwd=os.path.dirname(os.path.abspath(__file__)), text=True,
-                                capture_output=True).stdout.strip()
-    name = (torch.cuda.get_device_name() if device.type == "cuda" else
-            f"{device.type}, {torch.backends.cpu.get_cpu_capability()}")
+def processes():
+    """(rank, how many, rank on this machine), as torchrun sets them in the environment."""
+    try:
+        rank, world, local = [int(os.environ.get(name) or usual) for name, usual in
+                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
+    except ValueError:
+        raise Refused("environment: RANK, WORLD_SIZE and LOCAL_RANK must be numbers; start with "
+                      "torchrun or unset them") from None
+    lacking = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+               if world > 1 and not os.environ.get(name)]
+    if lacking or not 0 <= rank < world:
+        raise Refused(f"environment: RANK={rank} of WORLD_SIZE={world}, without "
+                      f"{' '.join(lacking) or 'more processes'}: start with torchrun or unset them")
+    return rank, world, local
+
+
+def keep_memory():
+    """glibc hands every large tensor's memory back and faults it in again, a tenth of a CPU's step:
+    tell it not to. Does nothing where another library is used."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        for parameter, value in ((-3, 32 << 20), (-1, 2 ** 31 - 1)):     # M_MMAP_, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def provenance(machine):
+    """What else decides the bits of a result, for the record; taken when a run starts. `commit` is
+    that of this code, with -dirty if it was changed since, and empty outside a clone of it."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    name = f"{machine.device.type}, {torch.backends.cpu.get_cpu_capability()}"
+    if machine.device.type == "cuda":
+        name = torch.cuda.get_device_name(machine.device)
+    commit = ""
+    top = git(here, "rev-parse", "--show-toplevel")
+    if top and os.path.realpath(top) == os.path.realpath(here):     # not somebody else's repository
+        commit = git(here, "describe", "--always", "--dirty", "--exclude", "*")
     return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__),
             "commit": commit}
 
 
-def say(*words):
-    """Print, once among several processes, at once."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(*words, flush=True)
-
-
-def working_in(folder, machine):
-    """Inside, no other train.py or retrain.py works in this run folder, which is made if need be.
-
-    SQLite's lock: the standard library's only one for all systems that ends with the process."""
-    os.makedirs(folder, exist_ok=True)
-    try:
-        lock = sqlite3.connect(os.path.join(folder, ".lock"), timeout=0)
-        if machine.rank == 0:
-            lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as problem:
-        raise Refused(f"{folder}: another train.py or retrain.py works in this folder "
-                      f"({problem})") from None
-    return contextlib.closing(lock)
-
-
-# ---- the dense run -------------------------------------------------------------------------------
-
-def the_recipe(args):
-    """The settings of a dense run: the data set's recipe with what the command line says instead.
-
-    Its drops come at the same shares of other `epochs`: none before epoch 1, never two at once."""
-    base = RECIPES[args.dataset]
-    recipe = {key: usual if getattr(args, key) is None else getattr(args, key)
-              for key, usual in base.items() if key != "retrain"}
-    recipe |= {"epochs": recipe["epochs"] or base["epochs"],     # 0: torchvision's weights, trained
-               "dataset": args.dataset, "arch": args.arch, "seed": args.seed, "subset": args.subset,
-               "test_subset": None, "pretrained": args.pretrained}
-    if args.dry_run:
-        recipe |= {"subset": 16, "test_subset": 16, "batch_size": 8,
-                   "epochs": min(recipe["epochs"], 2)}
-    total, step = recipe["epochs"], recipe["schedule"] == "step"
-    if args.milestones is None:
-        scaled = {max(1, m * total // base["epochs"]) for m in base["milestones"]}
-        recipe["milestones"] = sorted(m for m in scaled if m < total) if step else []
-    elif args.milestones != sorted({m for m in args.milestones if m < total and step}):
-        raise Refused("argument --milestones: must ascend, below the epochs of the run "
-                      f"({total}), and belongs to --schedule step")
-    return recipe
-
-
-def budget(recipe):
-    """The usual t of retraining: as large a part of this dense run's T as in its data set's."""
-    base = RECIPES[recipe["dataset"]]
-    return max(1, recipe["epochs"] * base["retrain"] // base["epochs"])
-
-
-def train(args, machine):
-    """The dense run: writes dense.pt, and the snapshots that weight rewinding needs."""
-    recipe, data_dir = the_recipe(args), args.data_dir or "data"
-    folder = args.out or (f"runs/{args.dataset}-{args.arch}-s{args.seed}" + "-dry" * args.dry_run)
-    target = os.path.join(folder, "dense.pt")
-    with torch.device("meta"):
-        models.build(args.arch, 10, seed=None)       # refuses unknown names before data are loaded
-    data = load_data(args.dataset, data_dir, recipe["subset"], recipe["test_subset"],
-                     machine.device)
-    settings = {**recipe, "precision": machine.precision, "data": data.fingerprint}
-    network = models.build(args.arch, data.classes, args.seed, args.pretrained)
-    try:
-        parameters, macs = models.count(network, data.side)
-    except RuntimeError:
-        raise Refused(f"argument --arch: {args.arch} cannot take images of {data.side} pixels"
-                      ) from None
-    with working_in(folder, machine):
-        if os.path.exists(target) and (done := models.read(target))["kind"] == "dense":
-            same_run(settings, done["settings"], target)
-            return say(f"{target}: done already, test {done['test_accuracy']:.2f} %")
-        say(f"{args.arch} on {args.dataset} ({data.fingerprint}; {len(data.test[1])} test images): "
-            f"{parameters:,} parameters, {macs:,} MACs; {recipe['epochs']} epochs, x0.1 at "
-            f"{recipe['milestones']}; {machine.device}, {settings['precision']}")
-        total, every = recipe["epochs"], max(1, recipe["epochs"] // 18)
-        keep = range((total - budget(recipe)) % every, total, every)   # retrain.py's default, too
-        schedule = schedules.dense(recipe, math.ceil(len(data.train[1]) / recipe["batch_size"]))
-        curve, seconds = [], 0.0
-        for curve, seconds in () if args.epochs == 0 else fit(
-                network, data, schedule, settings, machine, target, keep=keep):
-            say(describe(curve, seconds, recipe["epochs"]))
-        accuracy = (curve[-1]["test_accuracy"] if curve else
-                    evaluate(network.to(machine.device), data, machine))
-        models.save(target, {
-            "kind": "dense", "arch": args.arch, "classes": data.classes, "side": data.side,
-            "mean": data.mean, "std": data.std, "data_dir": data_dir, "recipe": recipe,
-            "settings": settings, "test_accuracy": accuracy, "dense_test_accuracy": accuracy,
-            "dense_params": parameters, "dense_macs": macs, "curve": curve, "seconds": seconds,
-            **provenance(machine.device), "model": network.state_dict()})
-        say(f"test {accuracy:.2f} % after {len(curve)} epochs, {seconds:.0f} s. Wrote {target}. "
-            f"Next: python prune.py {target}")
+def git(folder, *words):
+    """What a git command prints, or "" without git or a repository."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(["git", *words], cwd=folder, text=True, capture_output=True
+                              ).stdout.strip()
+    return ""
 
 
 # ---- the command line ----------------------------------------------------------------------------
 
+def say(*words):
+    """Print, once among several processes, at once."""
+    if models.first_process():
+        print(*words, flush=True)
+
+
 def parser(doc, files=""):
-    """A script's ArgumentParser, which has the flags that say where and how to compute; and the
-    functions that add flags to its groups `run` and `method`."""
-    flags = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False,
+    """A script's ArgumentParser, which has the flags that say where and how to compute; and its
+    groups for what to run and for the method, to which the script adds its own."""
+    flags = argparse.ArgumentParser(description=(doc or "").split("\n\n")[0], allow_abbrev=False,
                                     usage=f"%(prog)s {files}[flags]")
-    run, method, add = (flags.add_argument_group(name).add_argument
-                        for name in ("run", "method", "machine"))
+    run = flags.add_argument_group("run")
+    method = flags.add_argument_group("method")
+    machine = flags.add_argument_group("machine")
     gpu = torch.accelerator.current_accelerator() if torch.accelerator.device_count() else None
-    devices = [gpu.type, "cpu"] if gpu else ["cpu"]
-    add("--data-dir", help="the images (default: data, or as in the checkpoint)")
-    add("--device", choices=devices, default=devices[0], help=f"default {devices[0]}")
-    add("--precision", choices=("bf16", "fp32"), help="default bf16 on a CUDA GPU with it, or fp32")
-    add("--compile", action="store_true", help="use torch.compile (default: off)")
-    add("--workers", type=number(int, 0, 256), default=2, help="to decode large images (default 2)")
-    add("--dry-run", action="store_true", help="16 images, in runs/…-dry: seconds (default: off)")
+    devices = ["cpu"]
+    if gpu:
+        numbered = [f"{gpu.type}:{i}" for i in range(torch.accelerator.device_count())]
+        devices = [gpu.type, *numbered, "cpu"]
+    machine.add_argument("--data-dir", type=os.path.expanduser,
+                         help="the images (default: data, or as in the checkpoint)")
+    machine.add_argument("--device", choices=devices, default=devices[0],
+                         help=f"default {devices[0]}")
+    machine.add_argument("--precision", choices=("bf16", "fp32"),
+                         help="default bf16 on a CUDA GPU with it, or fp32")
+    machine.add_argument("--workers", type=number(int, 0, 256), default=2,
+                         help="to decode large images (default 2)")
+    machine.add_argument("--dry-run", action="store_true",
+                         help="16 images, in runs/…-dry: seconds (default: off)")
     return flags, run, method
 
 
+def refuse_others(flags, args, name, *used):
+    """Ends with argparse's own error if there are flags that --name would ignore, all but `used`."""
+    for action in flags._actions:
+        given = getattr(args, action.dest, action.default) not in (action.default, [])
+        if given and action.dest not in (name, *used):
+            flag = action.option_strings[0] if action.option_strings else action.metavar
+            flags.error(f"argument {flag}: --{name} would ignore it")
+
+
 def command(main):
-    """Run `main()`; unusable input, or a failing disk, is one line and status 2; Ctrl-C is 130."""
-    sys.stdout.reconfigure(errors="backslashreplace")        # a file's name may be any bytes
+    """Run `main()`. Unusable input, or a failing disk, is one line and status 2; Ctrl-C and SIGTERM
+    are 130."""
+    if sys.stdout is None:                                  # closed (>&-): files must not take it
+        sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")   # a file's name may be any bytes
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     status = 0
     try:
         main()
     except (Refused, OSError) as problem:
-        text, status = " ".join(str(problem).split()), 2
+        text = " ".join(str(problem).split())
         print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on from here")
+        say("interrupted; run the same command again to resume")
         status = 130
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -589,34 +876,46 @@ def command(main):
     sys.exit(status)
 
 
+def evaluate_file(args, machine):
+    """Print a checkpoint's test accuracy and size."""
+    checkpoint = models.read(args.evaluate, "dense")
+    network = models.restore(checkpoint).to(machine.device)
+    accuracy = evaluate(network, data_to_test(checkpoint, args, machine), machine)
+    parameters, macs = models.count(network, checkpoint["side"])
+    say(f"{args.evaluate}: test {accuracy:.2f} %, {parameters:,} parameters, {macs:,} MACs")
+
+
 def main(argv=None):
     flags, run, method = parser(__doc__)
-    run("--dataset", choices=RECIPES, default="shapes", help="default shapes, which are generated")
-    run("--arch", default="resnet8", help="resnet8, 20 …, 18, 34, 50, vgg16 (default resnet8)")
-    run("--seed", type=number(int, 0), default=0, help="default 0")
-    run("--subset", type=number(int, 1), help="train on a class-balanced part (default: all)")
-    run("--out", metavar="DIR", help="default: runs/<dataset>-<arch>-s<seed>")
-    run("--pretrained", action="store_true", help="torchvision's V1 weights (default: fresh ones)")
-    run("--evaluate", metavar="CHECKPOINT", help="only evaluate this file (default: train)")
-    method("--epochs", type=number(int, 0), help="T (0: keep the --pretrained weights); "
-           "default, as for all of these: the data set's recipe")
-    method("--batch-size", type=number(int, 2))
-    method("--schedule", choices=schedules.DENSE)
-    method("--milestones", type=number(int, 1), nargs="*", help="epochs of its x0.1 drops (step)")
-    method("--lr", type=number(float, 1e-9), help="its largest value, LR_max")
-    method("--momentum", type=number(float, 0, 0.9999))
-    method("--weight-decay", type=number(float, 0))
+    add = run.add_argument
+    add("--dataset", choices=RECIPES, default="shapes", help="default shapes, which are generated")
+    add("--arch", default="resnet8", help="resnet8, 20 …, 18, 34, 50, vgg16 (default resnet8)")
+    add("--seed", type=number(int, 0), default=0, help="default 0")
+    add("--subset", type=number(int, 1), help="train on a class-balanced part (default: all)")
+    add("--out", metavar="DIR", type=os.path.expanduser,
+        help="default: runs/<dataset>-<arch>-s<seed>")
+    add("--pretrained", nargs="?", const="torchvision", metavar="FILE", type=os.path.expanduser,
+        help="torchvision's V1 weights, or a file's (default: fresh ones)")
+    add("--evaluate", metavar="CHECKPOINT", type=os.path.expanduser,
+        help="only evaluate this file (default: train)")
+    add("--compile", action="store_true", help="use torch.compile (default: off)")
+    add = method.add_argument
+    add("--epochs", type=number(int, 0), help="T (0: keep the --pretrained weights); default, as "
+        "for all of these: the data set's recipe")
+    add("--batch-size", type=number(int, 2))
+    add("--schedule", choices=schedules.DENSE)
+    add("--milestones", type=number(int, 1), nargs="*", help="epochs of its x0.1 drops (step)")
+    add("--lr", type=number(float, 1e-9), help="its largest value, LR_max")
+    add("--momentum", type=number(float, 0, 0.9999))
+    add("--weight-decay", type=number(float, 0))
     args = flags.parse_args(argv)
     if args.epochs == 0 and not args.pretrained:
         flags.error("argument --epochs: 0 needs --pretrained")
-    machine = the_machine(args)
-    if not args.evaluate:
-        return train(args, machine)
-    checkpoint = models.read(args.evaluate, "dense", "pruned", "retrained")
-    network, data = models.restore(checkpoint), data_for(checkpoint, args, machine)
-    accuracy = evaluate(network.to(machine.device), data, machine)
-    parameters, macs = models.count(network, data.side)
-    say(f"{args.evaluate}: test {accuracy:.2f} %, {parameters:,} parameters, {macs:,} MACs")
+    if args.evaluate:
+        refuse_others(flags, args, "evaluate", "data_dir", "device", "precision", "workers")
+        evaluate_file(args, make_machine(args))
+    else:
+        train(args, make_machine(args))
 
 
 if __name__ == "__main__":
