@@ -843,7 +843,7 @@ def parser(doc, files=""):
 
 
 def refuse_others(flags, args, name, *used):
-    """Ends with argparse's own error if there are flags that --name would ignore, all but `used`."""
+    """Ends with argparse's own error if --name would ignore a flag: if it is not among `used`."""
     for action in flags._actions:
         given = getattr(args, action.dest, action.default) not in (action.default, [])
         if given and action.dest not in (name, *used):
