@@ -84,14 +84,14 @@ def build(arch, classes, seed=0, pretrained=None):
     """A network by name: resnet18/34/50 (torchvision's, ImageNet layout), resnet{6n+2} (CIFAR
     layout), vgg16.
 
-    classes     how many answers
+    classes     the number of classes
     seed        of the fresh weights (`initialise`); None leaves torch's own initialisation
     pretrained  None; "torchvision": its weights of ImageNet, with a fresh last layer for other than
                 1000 classes; or a file with a state dict, see `read_weights`
 
     torchvision's weights are always V1: its default is V2 for ResNet-50, of another recipe (80.86
-    against 76.13 %). Raises Refused for an unknown name, and for weights that are not to be had or
-    do not fit."""
+    against 76.13 %). Raises Refused for an unknown name, and for weights that are unavailable or do
+    not fit."""
     depth = re.fullmatch(r"resnet([1-9]\d{0,3})", arch)
     if pretrained == "torchvision" and arch not in IMAGENET:
         raise Refused(f"argument --pretrained: torchvision has weights of {', '.join(IMAGENET)}, "
@@ -395,7 +395,7 @@ def read(path, key="model"):
     lacks `key`."""
     if not os.path.isfile(path):
         if os.path.isfile(state_path(path)):
-            raise Refused(f"{path}: that run is not finished; give its command again first")
+            raise Refused(f"{path}: that run is not finished; run its command again first")
         raise Refused(f"{path}: no such checkpoint; train.py and prune.py write them")
     with open(path, "rb") as file:
         data = file.read()
@@ -418,7 +418,7 @@ def read_state(path):
         return None
     try:
         return read(path, "momentum")
-    except Refused:
+    except (Refused, FileNotFoundError):
         if os.path.isfile(path):
             raise
         return None                         # another process has just finished the same run

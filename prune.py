@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prune a trained network: rank its filters or weights, take the lowest away.
+"""Prune a trained network: rank its filters or weights, remove the lowest-scoring ones.
 
     python prune.py                                              # half the filters, L1 and random
     python prune.py runs/cifar10-resnet56-s0/dense.pt --plan B   # the paper's PFEC-B
@@ -189,6 +189,7 @@ def keep_filters(scores, counts, scope="layer"):
     counts  {conv: how many}, as of `filters_to_keep`
     scope   layer: the counts[conv] best of each conv. global: as many in all, the best of the
             network, each layer's scores divided by their L2 norm (Molchanov 2017)"""
+    check_scope(scope)
     if scope == "global":
         ranking = []                                    # (score, conv) of every filter
         for conv, score in scores.items():
@@ -204,6 +205,11 @@ def keep_filters(scores, counts, scope="layer"):
     return keep
 
 
+def check_scope(scope):
+    if scope not in ("layer", "global"):
+        raise Refused(f"unknown scope {scope!r}; known: layer, global")
+
+
 def weight_masks(weights, scores, sparsity, scope="global"):
     """Which weights stay: {name: bool mask}.
 
@@ -214,6 +220,7 @@ def weight_masks(weights, scores, sparsity, scope="global"):
     scope     global: one ranking of all (Han 2015); layer: each tensor by itself
 
     Raises Refused where that leaves none, or removes less than is zero already."""
+    check_scope(scope)
     if scope == "layer":
         masks = {}
         for name, weight in weights.items():
@@ -310,7 +317,7 @@ def prune(checkpoint, wanted, data, machine):
     pruned.pop("retraining", None)
     small = models.restore(pruned).to(machine.device)
     params, macs = models.count(small, checkpoint["side"])
-    removed, distance = loss_of(before, state, names)
+    removed, distance = removed_and_distance(before, state, names)
     settled = reestimated(small, data, machine)
     pruned["pruning"] = {
         **wanted, "round": earlier.get("round", 0) + 1, "earlier": history(checkpoint),
@@ -322,7 +329,7 @@ def prune(checkpoint, wanted, data, machine):
     return pruned
 
 
-def loss_of(before, after, names):
+def removed_and_distance(before, after, names):
     """(the share of the weights `names` that is gone, how far they moved: sqrt(| |w|^2 - |w'|^2 |)
     / |w|)."""
     one = torch.cat([before[name].flatten().double() for name in names])
@@ -480,7 +487,7 @@ def main(argv=None):
     todo = {}                                           # {target: (checkpoint, what is wanted)}
     for source in sources:
         checkpoint = models.read(source, "dense")
-        for name in args.method:
+        for name in dict.fromkeys(args.method):
             wanted = {"structure": args.structure, "method": name, "sparsity": sparsity,
                       "plan": args.plan, "scope": args.scope or usual_scope(args.structure),
                       "seed": args.seed, "include_linear": args.include_linear,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Retrain pruned networks: start weights x learning-rate schedule, as many as wanted, one table.
+"""Retrain pruned networks: start weights x learning-rate schedule, any number of runs, one table.
 
     python retrain.py                                  # the default run's networks
     python retrain.py PRUNED.pt --schedule finetune one_cycle --epochs 40 72 --seed 0 1 2 --jobs 2
@@ -8,9 +8,9 @@
 
 A retraining is `train.fit` with other start weights (`start`) and another schedule
 (`schedules.retrain`); all else is the dense run's, so that all arms share batch size, weight decay,
-data order and budget. A dense network is retrained alike, for comparison. What is made from X.pt
-lies in the folder X/, what is made from dense.pt beside it; a result is a checkpoint and a row, the
-same without tensors as JSON, which says all that is needed to run it again.
+data order and budget. A dense network is retrained the same way, for comparison. What is made from
+X.pt lies in the folder X/, what is made from dense.pt beside it; a result is a checkpoint and a
+row, the same without tensors as JSON, which says all that is needed to run it again.
 """
 import argparse
 import glob
@@ -82,6 +82,9 @@ def rewound(run, checkpoint):
     """(weights and buffers, momentum) of the dense run after max(0, T - t) epochs."""
     recipe = checkpoint["dense"]["recipe"]
     epoch = max(0, recipe["epochs"] - run.budget)
+    if not checkpoint["dense"]["curve"]["epoch"]:
+        raise Refused("argument --schedule: weight_rewind needs snapshots of the dense run, and "
+                      f"{run.source} comes from one that was not made here (--epochs 0)")
     if epoch == 0:
         network = models.build(checkpoint["arch"], checkpoint["classes"], recipe["seed"],
                                recipe["pretrained"])
@@ -101,8 +104,7 @@ def rewound(run, checkpoint):
 
 
 def snapshot_of(source, epoch):
-    """The dense run's state after `epoch` epochs, in the folder of `source` or one above; or "".
-    """
+    """The dense run's state after `epoch` epochs, in the folder of `source` or any above; or ""."""
     for folder in Path(os.path.abspath(source)).parents:
         path = train.snapshot_path(str(folder), epoch)
         if os.path.exists(path):
@@ -139,8 +141,7 @@ def target_of(source, settings):
 
 
 def retrain(run, args, machine):
-    """One run: a retraining, and with --rounds what one would go on with in the shell, pruning by
-    as much again and retraining."""
+    """One run. With --rounds: prune by the same amount again and retrain, K rounds in all."""
     checkpoint = models.read(run.source, "dense")
     data = train.data_for(checkpoint, args, machine)
     if args.data_dir:
@@ -227,7 +228,7 @@ def plan(args):
                           "lr_rewind and weight_rewind start the dense run over")
             for seed in args.seed:
                 runs += [Run(source, name, budget, seed) for name in names]
-    return runs
+    return list(dict.fromkeys(runs))
 
 
 def default_sources(dry_run):
@@ -262,7 +263,7 @@ def perform(runs, args, machine):
         try:
             retrain(run, args, machine)
         except (Refused, OSError) as problem:
-            if machine.world > 1:               # the others wait for this process in what it leaves
+            if machine.world > 1:               # the other processes wait in a collective
                 raise
             failed.append(f"{run.source} {run.schedule} t={run.budget} seed={run.seed}: {problem}")
         left = (time.monotonic() - began) / done * (len(runs) - done)
@@ -299,13 +300,15 @@ def in_processes(jobs, argv, share, machine):
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
     first, every = share
     children = []
+    flags_end = argv.index("--") if "--" in argv else len(argv)
     try:
         for number in range(jobs):
-            command = [sys.executable, os.path.abspath(__file__), *argv, "--jobs", "1",
+            command = [sys.executable, os.path.abspath(__file__), *argv[:flags_end], "--jobs", "1",
                        "--share", f"{first + number * every}/{every * jobs}"]
             if machine.device.type != "cpu" and machine.device.index is None:
                 gpu = number % torch.accelerator.device_count()
                 command += ["--device", f"{machine.device.type}:{gpu}"]
+            command += argv[flags_end:]
             errors = tempfile.TemporaryFile()
             children.append((subprocess.Popen(command, env=environment, stderr=errors), errors))
         failed = []
@@ -340,6 +343,8 @@ def read_rows(folders):
     for path in sorted(paths.values()):
         try:
             row = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)   # refuses NaN
+            if not isinstance(row, dict) or "retraining" not in row:
+                continue                                # another program's
             if row["format"] != models.FORMAT or not row["retraining"] or not row["dense"]:
                 raise ValueError
         except (ValueError, RecursionError, KeyError, TypeError):
@@ -611,7 +616,7 @@ def words(claim):
     return f"`{sides[0]} {relation} {sides[1]}`{margin}{exploratory}"
 
 
-def claims(found, columns):
+def claims(found, columns, corner="claim"):
     """The table of the claims, a line for each that the rows can say something of; columns:
     {heading: Cell}."""
     known = [compared(found, cell) for cell in columns.values()]
@@ -621,7 +626,7 @@ def claims(found, columns):
         values = [list(side(accuracies, (left, right)).values()) for accuracies in known]
         if any(values):
             lines[words(claim)] = [verdict(some, relation) for some in values]
-    return table("claim", columns, lines) if lines else ""
+    return table(corner, columns, lines) if lines else ""
 
 
 # ---- the report: tables and pictures -------------------------------------------------------------
@@ -654,8 +659,8 @@ def accuracies_table(corner, found, columns):
     pruned = [rows[0].get("pruning") for rows in rows_of]
     if all(pruned):
         lines["parameters, MACs left"] = [
-            f"{p['nonzero'] / rows[0]['dense']['params']:.0%}, "
-            f"{p['macs'] / rows[0]['dense']['macs']:.0%}" for p, rows in zip(pruned, rows_of)]
+            f"{left(rows, 'nonzero', 'params'):.0%}, {left(rows, 'macs', 'macs'):.0%}"
+            for rows in rows_of]
     lines["`dense`"] = [summary(once(rows, "dense", "test_accuracy")) for rows in rows_of]
     if all(pruned):
         lines["not retrained"] = [summary(once(rows, "pruning", "test_accuracy"))
@@ -669,6 +674,11 @@ def accuracies_table(corner, found, columns):
     for name in sorted(unpruned, key=in_order):
         lines[f"`{name}`"] = [paired(accuracies, name) for accuracies in known]
     return table(corner, columns, lines)
+
+
+def left(rows, pruned, dense):
+    """The mean share of the dense network's parameters or MACs that pruned networks have."""
+    return np.mean([row["pruning"][pruned] / row["dense"][dense] for row in rows])
 
 
 def once(rows, key, accuracy):
@@ -752,10 +762,10 @@ def report(rows):
         f"\n{len(rows)} retrainings, {minutes:.0f} minutes of a process; "
         f"{'; '.join(sorted(made))}.",
         "- Accuracy: of the last epoch, on the test images, in %: mean ± sd (difference to the "
-        "dense network, runs), over the repetitions that all of those have which are there of "
-        f"{', '.join(MAIN)}.",
+        f"dense network, runs), over the repetitions common to those of {', '.join(MAIN)} that are "
+        "present.",
         "- Claims: differences in points, paired over dense networks and seeds, with Student's "
-        "interval at 95 %, each by itself: of twenty undecided ones, one will look decided. Behind "
+        "interval at 95 %, each by itself: about one in twenty looks decided by chance. Behind "
         "a slash: pruned at random; the unpruned network; with the least epochs. *Reversed*: "
         "decided the other way round. Exploratory: added after rows had been seen.",
         "- Pictures: test accuracy by epoch; its largest, its last. The dip while the learning "
@@ -793,8 +803,7 @@ def by_length(found, shown):
     tables = []
     for (base, what), columns in groups.items():
         if len({cell.network for cell in columns.values()}) > 1:
-            tables.append(claims(found, columns).replace(
-                "| claim ", f"| {base}, pruned: {what}, by what differs ", 1))
+            tables.append(claims(found, columns, f"{base}, pruned: {what}, by what differs"))
     return tables
 
 
@@ -832,11 +841,11 @@ def main(argv=None):
     add("--epochs", nargs="+", type=number(int, 1), metavar="t",
         help="budgets (default: the recipe's share of T, a quarter for CIFAR)")
     add("--lr", type=number(float, 1e-9), help="in place of LR_max (default: the dense run's)")
-    add("--end-lr", type=number(float, 0), help="the last, but of slr (default: as published)")
+    add("--end-lr", type=number(float, 0), help="the last rate (default: as published)")
     add("--cycle-momentum", action=argparse.BooleanOptionalAction, default=True,
         help="of one_cycle (default: yes, as published)")
     add("--rounds", type=number(int, 1), default=1, metavar="K",
-        help="retrain and prune by as much again, K times (default 1)")
+        help="K retrainings, pruning by as much again in between (default 1)")
     args = flags.parse_args(argv)
     for key in ("lr", "end_lr", "cycle_momentum"):
         takers = [name for name, (_, options) in SCHEDULES.items() if key in options]

@@ -187,7 +187,7 @@ def slr(run):
         elif drops is not None:
             lr = run.peak * 0.1 ** sum(epoch >= drop for drop in drops)
         else:
-            then = min(int((epoch - warmup) * total / (0.9 * run.epochs)), total - 1)
+            then = min(10 * (epoch - warmup) * total // (9 * run.epochs), total - 1)
             lr = run.peak / recipe["lr"] * original(then * run.steps_per_epoch)[0]
         return lr, run.momentum
     return at
@@ -379,13 +379,19 @@ def main(argv=None):
     add("--epochs", type=number(int, 1, 10_000), default=72, help="budget t (default 72)")
     add("--dense-epochs", type=number(int, 1, 10_000), default=160, help="T (default 160)")
     add("--schedule", choices=DENSE, default="step", help="of the dense run (default step)")
-    add("--milestones", type=number(int, 1), nargs="*", default=[80, 120], help="default 80 120")
-    add("--lr", type=number(float, 1e-9), default=0.1, help="its largest (default 0.1)")
+    add("--milestones", type=number(int, 1), nargs="*",
+        help="epochs of its x0.1 drops (step; default T/2 3T/4)")
+    add("--lr", type=number(float, 1e-9), default=0.1, help="its largest rate (default 0.1)")
     add("--steps-per-epoch", type=number(int, 1), default=782, help="default 782")
     add("--chart", type=os.path.expanduser, metavar="FILE.svg", help="draw the curves there, too")
     args = flags.parse_args(argv)
-    recipe = {"schedule": args.schedule, "epochs": args.dense_epochs, "lr": args.lr,
-              "milestones": args.milestones}
+    if args.milestones and args.schedule != "step":
+        flags.error("argument --milestones: belongs to --schedule step")
+    total = args.dense_epochs
+    milestones = args.milestones
+    if milestones is None:
+        milestones = [total // 2, 3 * total // 4]
+    recipe = {"schedule": args.schedule, "epochs": total, "lr": args.lr, "milestones": milestones}
     curves = {}
     for name in SCHEDULES:
         if name not in ("scratch_e", "scratch_b"):     # scratch, with other budgets
@@ -403,7 +409,7 @@ def main(argv=None):
     if args.chart:
         try:
             with open(args.chart, "w", encoding="utf-8") as file:
-                file.write(chart({f"T = {args.dense_epochs}, t = {args.epochs}": curves},
+                file.write(chart({f"T = {total}, t = {args.epochs}": curves},
                                  "learning rate"))
         except OSError as problem:
             flags.error(f"argument --chart: {problem}")

@@ -859,6 +859,11 @@ def test_a_network_with_other_masked_tensors_is_refused(layer, tensor):
         prune.shrunk(network)
 
 
+def test_an_unknown_scope_is_refused():
+    with pytest.raises(Refused, match="unknown scope 'all'; known: layer, global"):
+        prune.shrunk(models.build("resnet8", 10), scope="all")
+
+
 @pytest.mark.parametrize("count", [1, 4])
 def test_another_number_of_widths_is_refused(count):
     network = models.build("resnet8", 10)
@@ -2271,7 +2276,7 @@ def two_processes(monkeypatch):
     def all_reduce(values):
         summed.append(values.clone())
         values.mul_(2)
-    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda network: network)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda network, **_: network)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     monkeypatch.setattr(torch.distributed, "broadcast", lambda *what: sent.append(what))
     return summed, sent
@@ -2667,6 +2672,19 @@ def test_a_checkpoint_remembers_the_data_folder_it_was_made_with(workspace, comm
     assert models.read(path)["data_dir"] == str(workspace / "other")
 
 
+@pytest.mark.parametrize("first, second", [("--epochs 0", "--epochs 3"),
+                                           ("--epochs 3", "--epochs 0")])
+def test_weights_that_are_kept_are_another_run_than_weights_that_are_trained(workspace, first,
+                                                                             second):
+    torch.save(models.load("run/dense.pt").state_dict(), "net.pth")
+    command = DENSE.replace("--epochs 3", "{}").replace("--out run", "--out new")
+    command += " --pretrained net.pth --milestones 2"
+    ok(command.format(first))
+    status, _, err = run(command.format(second))
+    assert status == 2
+    assert "trained (here" in err
+
+
 def test_a_relative_file_of_weights_works_from_elsewhere(workspace, tmp_path, monkeypatch):
     """Weight rewinding to epoch 0 reads it again."""
     torch.save(models.build("resnet8", 2, seed=5).state_dict(), "theirs.pth")
@@ -3042,6 +3060,27 @@ def test_default_arms(workspace, asked, source, names):
     assert sorted(found) == sorted(itertools.product(names, [1], [0, 1, 2]))
 
 
+def test_what_is_pruned_again_names_the_retrained_network(workspace):
+    ok("retrain run/filters-magnitude-0.5.pt --schedule slr --seed 0 --jobs 1")
+    path, = workspace.glob("run/filters-magnitude-0.5/slr-*.pt")
+    ok("prune", path, "--method", "magnitude")
+    again = models.read(path.with_suffix("") / "filters-magnitude-0.5.pt")
+    assert again["pruning"]["source"] == models.digest(models.read(path)["model"])
+
+
+def test_prune_says_what_it_made(workspace):
+    out = ok("prune run/dense.pt --method random")
+    made = models.read("run/filters-random-0.5.pt")["pruning"]
+    assert f": test {made['test_accuracy']:.2f} %, with BN statistics re-estimated " in out
+    assert f"re-estimated {made['bn_test_accuracy']:.2f} %, dense " in out
+    assert f"; {made['nonzero']:,} of " in out
+
+
+def test_a_run_that_is_asked_for_twice_is_made_once(workspace, asked):
+    ok("retrain run/dense.pt --schedule slr --seed 1 1 --jobs 1")
+    assert len(asked) == 1
+
+
 def test_default_arms_without_snapshots_do_not_rewind_weights(workspace, asked):
     for path in workspace.glob("run/epoch-*.pt"):
         path.unlink()
@@ -3190,12 +3229,9 @@ def damaged(text, kind):
     pytest.param(lambda text: text + text, id="twice"),
     pytest.param(lambda text: b"\xff" + text, id="not-utf-8"),
     pytest.param(lambda text: b"[" * 99_999, id="too-deep"),
-    pytest.param(lambda text: b"[]", id="a-list"),
-    pytest.param(lambda text: b'{"name": "package", "version": "1.0"}', id="foreign"),
     pytest.param(lambda text: damaged(text, "older"), id="older"),
     pytest.param(lambda text: damaged(text, "format"), id="without-format"),
     pytest.param(lambda text: damaged(text, "dense"), id="without-dense"),
-    pytest.param(lambda text: damaged(text, "retraining"), id="without-retraining"),
     pytest.param(lambda text: damaged(text, "nan"), id="nan"),
     pytest.param(lambda text: damaged(text, "infinite"), id="infinite")])
 def test_what_is_no_row_is_refused(dry, tmp_path, change):
@@ -3207,6 +3243,15 @@ def test_what_is_no_row_is_refused(dry, tmp_path, change):
     status, _, err = run("retrain --report", tmp_path)
     assert status == 2
     assert err.endswith(f": error: {path}: is no row of format 3; remove it\n")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"name": "package", "version": "1.0"}'])
+def test_json_of_other_programs_is_passed_over(dry, tmp_path, text):
+    real = next(dry.glob("*.json"))
+    shutil.copy(real, tmp_path)
+    (tmp_path / "package.json").write_text(text)
+    rows = retrain.read_rows([tmp_path])
+    assert rows == [json.loads(real.read_text())]
 
 
 def test_the_report_is_printed_again_from_the_rows(dry):

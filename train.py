@@ -167,12 +167,17 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
 def train_step(forward, optimizer, x, y, schedule, machine, pinned=None):
     """One step of SGD at `schedule`, a pair (lr, momentum); `pinned`: see `pairs`.
 
-    Returns the loss and how many answers are right, still on the device."""
+    Returns the loss and the number of correct predictions, still on the device."""
     group = optimizer.param_groups[0]
     group["lr"], group["momentum"] = schedule
     try:
         with machine.autocast():
             out = forward(x)
+        loss = F.cross_entropy(out.float(), y)
+        loss.backward()
+    except torch.OutOfMemoryError:
+        raise Refused(f"argument --batch-size: {len(x)} images do not fit the memory of "
+                      f"{machine.device}") from None
     except ValueError as problem:               # batch norm, of one image with one value a channel
         raise Refused(f"argument --batch-size: the last batch has {len(x)} image: {problem}"
                       ) from None
@@ -180,8 +185,6 @@ def train_step(forward, optimizer, x, y, schedule, machine, pinned=None):
         if not machine.compile:
             raise
         raise Refused(f"argument --compile: {str(problem).splitlines()[0]}") from None
-    loss = F.cross_entropy(out.float(), y)
-    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     if pinned:                                  # pruned weights: back to exactly 0, all in one call
@@ -202,7 +205,7 @@ def total(losses, hits, network, machine):
 
 
 def evaluate(network, data, machine):
-    """Percent of the test images that are classified rightly; each counted exactly once."""
+    """Percent of the test images that are classified correctly; each counted exactly once."""
     network.eval()
     count = len(data.test.labels)
     mine = torch.arange(machine.rank, count, machine.world)
@@ -251,8 +254,9 @@ def wrap(network, machine):
     """The network as the loop calls it: one of several processes, or compiled."""
     forward = network
     if machine.world > 1:
-        forward = torch.nn.parallel.DistributedDataParallel(network)
+        forward = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
     if machine.compile:
+        torch.compiler.reset()                  # of an earlier run's shapes, which count
         forward = torch.compile(forward)
     return forward
 
@@ -297,12 +301,14 @@ def train(args, machine):
     made = provenance(machine)
     data_dir = "" if args.dataset == "shapes" else os.path.abspath(args.data_dir or "data")
     data = load_data(args.dataset, data_dir, recipe["subset"], recipe["dry_run"], machine.device)
-    settings = run_settings(recipe, args.arch, machine.precision, data.fingerprint)
+    settings = run_settings(recipe, args.arch, machine.precision, data.fingerprint,
+                            args.epochs != 0)
     if os.path.exists(target):
         done = models.read(target, "dense")
         dense = done["dense"]
+        trained = bool(dense["curve"]["epoch"])
         same_run(settings, run_settings(dense["recipe"], done["arch"], dense["precision"],
-                                        dense["data"]), target)
+                                        dense["data"], trained), target)
         models.tidy(target)
         say(f"{target}: done already, test {dense['test_accuracy']:.2f} %")
         return
@@ -315,6 +321,7 @@ def train(args, machine):
         curve, seconds = {key: [] for key in CURVE}, 0.0
         accuracy = evaluate(network.to(machine.device), data, machine)
     else:
+        os.makedirs(folder, exist_ok=True)      # fails now, not after the first epoch
         schedule = schedules.dense(recipe, len(batch_slices(data, recipe, machine)))
         curve, seconds = fit(network, data, schedule, settings, machine, target,
                              keep=snapshot_epochs(recipe))
@@ -332,9 +339,10 @@ def train(args, machine):
         f"Wrote {target}. Next: python prune.py {shlex.quote(target)}")
 
 
-def run_settings(recipe, arch, precision, fingerprint):
-    """All that defines a dense run, as one dict of plain values."""
-    return {**recipe, "arch": arch, "precision": precision, "data": fingerprint}
+def run_settings(recipe, arch, precision, fingerprint, trained=True):
+    """All that defines a dense run, as one dict of plain values; trained: not with --epochs 0."""
+    return {**recipe, "arch": arch, "precision": precision, "data": fingerprint,
+            "trained": trained}
 
 
 def counts(network, arch, side):
@@ -501,7 +509,7 @@ def enough_shared_memory(workers, batch_size):
     needed = (2 * workers + 1) * batch_size * 3 * 224 * 224
     if free < needed:
         raise Refused(f"argument --workers: {workers} need {needed >> 20} MB of /dev/shm, where "
-                      f"{free >> 20} MB are free; give --workers 0, or it more (docker --shm-size)")
+                      f"{free >> 20} MB are free; use --workers 0, or --shm-size in docker")
 
 
 # ---- data sets -----------------------------------------------------------------------------------
@@ -891,7 +899,7 @@ def main(argv=None):
     add("--dataset", choices=RECIPES, default="shapes", help="default shapes, which are generated")
     add("--arch", default="resnet8", help="resnet8, 20 …, 18, 34, 50, vgg16 (default resnet8)")
     add("--seed", type=number(int, 0), default=0, help="default 0")
-    add("--subset", type=number(int, 1), help="train on a class-balanced part (default: all)")
+    add("--subset", type=number(int, 1), help="train on N images, class-balanced (default: all)")
     add("--out", metavar="DIR", type=os.path.expanduser,
         help="default: runs/<dataset>-<arch>-s<seed>")
     add("--pretrained", nargs="?", const="torchvision", metavar="FILE", type=os.path.expanduser,
