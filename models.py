@@ -347,8 +347,7 @@ def write(path, data):
             break
         except FileNotFoundError:           # swept away by another process that was faster: again
             continue
-    for leftover in glob.glob(glob.escape(path) + ".*.tmp"):
-        remove(leftover)
+    sweep(path)
 
 
 def first_process():
@@ -363,12 +362,17 @@ def remove(path):
             os.unlink(path)
 
 
+def sweep(start):
+    """Remove the half-written files of killed writers, of all paths that begin with `start`."""
+    for leftover in glob.glob(glob.escape(start) + ".*.tmp"):
+        remove(leftover)
+
+
 def tidy(path):
     """Remove what a finished run, or one that was killed, left beside its checkpoint `path`: the
     state, and half-written files."""
     remove(state_path(path))
-    for leftover in glob.glob(glob.escape(os.path.splitext(path)[0]) + ".*.tmp"):
-        remove(leftover)
+    sweep(os.path.splitext(path)[0])
 
 
 def save(path, checkpoint):

@@ -555,7 +555,7 @@ def compared(found, cell):
     pruned at /random, the /unpruned network retrained alike, with the /first, least budget."""
     accuracies = {"dense": {}}
     for arm, runs in found[cell].items():
-        accuracies[arm] = {same: row["retraining"]["test_accuracy"] for same, row in runs.items()}
+        accuracies[arm] = last_accuracies(runs)
         for same, row in runs.items():
             accuracies["dense"][same] = row["dense"]["test_accuracy"]
     first = min(other.budget for other in found if other._replace(budget=cell.budget) == cell)
@@ -563,14 +563,20 @@ def compared(found, cell):
                           ("/first", cell._replace(budget=first))):
         if other != cell:                               # nothing is compared with itself
             for arm, runs in found.get(other, {}).items():
-                accuracies[arm + behind] = {
-                    same: row["retraining"]["test_accuracy"] for same, row in runs.items()}
+                accuracies[arm + behind] = last_accuracies(runs)
+    if cell.what == "nothing":
+        return accuracies
     for arm, runs in found.get(Cell(cell.network, "nothing", "", cell.budget), {}).items():
-        if cell.what != "nothing":
-            accuracies[f"{arm}/unpruned"] = {
-                same: runs[same._replace(pruning=None)]["retraining"]["test_accuracy"]
-                for same in accuracies["dense"] if same._replace(pruning=None) in runs}
+        unpruned = last_accuracies(runs)
+        accuracies[f"{arm}/unpruned"] = {
+            same: unpruned[same._replace(pruning=None)] for same in accuracies["dense"]
+            if same._replace(pruning=None) in unpruned}
     return accuracies
+
+
+def last_accuracies(runs):
+    """{Repetition: test accuracy after the last epoch} of {Repetition: row}."""
+    return {same: row["retraining"]["test_accuracy"] for same, row in runs.items()}
 
 
 def side(accuracies, name):

@@ -169,6 +169,7 @@ def slr(run):
     recipe = run.recipe
     total = recipe["epochs"]
     warmup = run.epochs // 10
+    peak = run.peak
     low = lr_min(recipe, run.steps_per_epoch)
     original = dense(recipe, run.steps_per_epoch)
     drops = None
@@ -183,12 +184,12 @@ def slr(run):
     def at(step):
         epoch = step // run.steps_per_epoch
         if epoch <= warmup:
-            lr = cosine(low, run.peak, epoch / warmup) if warmup else run.peak
+            lr = cosine(low, peak, epoch / warmup) if warmup else peak
         elif drops is not None:
-            lr = run.peak * 0.1 ** sum(epoch >= drop for drop in drops)
+            lr = peak * 0.1 ** sum(epoch >= drop for drop in drops)
         else:
             then = min(10 * (epoch - warmup) * total // (9 * run.epochs), total - 1)
-            lr = run.peak / recipe["lr"] * original(then * run.steps_per_epoch)[0]
+            lr = peak / recipe["lr"] * original(then * run.steps_per_epoch)[0]
         return lr, run.momentum
     return at
 
