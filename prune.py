@@ -498,17 +498,22 @@ def main(argv=None):
             todo[target] = checkpoint, wanted
     machine = train.make_machine(args)
     for target, (checkpoint, wanted) in todo.items():
-        data = train.data_for(checkpoint, args, machine)
-        if args.data_dir:
-            checkpoint = {**checkpoint, "data_dir": os.path.abspath(args.data_dir)}
-        pruned = prune(checkpoint, wanted, data, machine)
-        models.save(target, pruned)
+        if os.path.exists(target):
+            said = "done already"
+            pruned = models.read(target)
+        else:
+            said = "written"
+            if args.data_dir:
+                checkpoint = {**checkpoint, "data_dir": os.path.abspath(args.data_dir)}
+            pruned = prune(checkpoint, wanted, train.data_for(checkpoint, args, machine), machine)
+            models.save(target, pruned)
         made = pruned["pruning"]
-        train.say(f"Wrote {target}: test {made['test_accuracy']:.2f} %, with BN statistics "
+        train.say(f"{target}: {said}, test {made['test_accuracy']:.2f} %, with BN statistics "
                   f"re-estimated {made['bn_test_accuracy']:.2f} %, dense "
                   f"{checkpoint['dense']['test_accuracy']:.2f} %; {made['nonzero']:,} of "
                   f"{checkpoint['dense']['params']:,} parameters are left, {made['macs']:,} MACs")
-    train.say(f"Next: python retrain.py {shlex.join(todo)}")
+    images = ["--data-dir", args.data_dir] if args.data_dir else []
+    train.say(f"Next: python retrain.py {shlex.join([*todo, *images])}")
 
 
 if __name__ == "__main__":

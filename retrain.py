@@ -211,7 +211,7 @@ def prune_again(source, retrained, first, times, data, machine):
 
 # ---- many runs -----------------------------------------------------------------------------------
 
-def plan(args):
+def runs_wanted(args):
     """The runs that the command line asks for. Raises Refused for what cannot be retrained."""
     runs = []
     for source in args.checkpoint or default_sources(args.dry_run):
@@ -302,11 +302,11 @@ def in_processes(jobs, argv, share, machine):
     children = []
     flags_end = argv.index("--") if "--" in argv else len(argv)
     try:
-        for number in range(jobs):
+        for part in range(jobs):
             command = [sys.executable, os.path.abspath(__file__), *argv[:flags_end], "--jobs", "1",
-                       "--share", f"{first + number * every}/{every * jobs}"]
+                       "--share", f"{first + part * every}/{every * jobs}"]
             if machine.device.type != "cpu" and machine.device.index is None:
-                gpu = number % torch.accelerator.device_count()
+                gpu = part % torch.accelerator.device_count()
                 command += ["--device", f"{machine.device.type}:{gpu}"]
             command += argv[flags_end:]
             errors = tempfile.TemporaryFile()
@@ -387,7 +387,8 @@ def cells(rows):
             raise Refused(f"two results of {cell.what} {cell.method}, {arm_of(row)}, seed "
                           f"{same.retraining} come from networks that were pruned otherwise; "
                           "report their folders apart")
-        runs[same] = row
+        if not counted(runs, same, network):
+            runs[same] = row
 
     named = list(zip(network_names(rows), rows))
     budgets = {}
@@ -401,6 +402,16 @@ def cells(rows):
     for network, row in named:
         put(network, row, row["retraining"]["budget"])
     return {cell: over_common_repetitions(arms) for cell, arms in found.items()}
+
+
+def counted(runs, same, network):
+    """Is the retraining there already under another pruning seed, which did not change the network
+    (magnitude has no use for it)? It is one repetition, not two."""
+    for other, row in runs.items():
+        if other != same and other.retraining == same.retraining \
+                and row["retraining"]["network"] == network:
+            return True
+    return False
 
 
 def over_common_repetitions(arms):
@@ -481,9 +492,9 @@ def usual_history(row):
     rounds = pruning["round"]
     sparsity = pruning["sparsity"]
     steps = []
-    for number in range(1, rounds):
+    for done in range(1, rounds):
         if pruning["structure"] == "weights":
-            pruning["sparsity"] = 1 - (1 - sparsity) ** (number / rounds)
+            pruning["sparsity"] = 1 - (1 - sparsity) ** (done / rounds)
         steps.append(prune.name_of(pruning))
         steps.append(f"{row['retraining']['schedule']}-t{row['retraining']['budget']}")
     return steps
@@ -579,11 +590,11 @@ def last_accuracies(runs):
     return {same: row["retraining"]["test_accuracy"] for same, row in runs.items()}
 
 
-def side(accuracies, name):
+def values_of(accuracies, name):
     """{Repetition: value} of one side of a claim, or of a whole one, of which all is there."""
     if isinstance(name, str):
         return accuracies.get(name, {})
-    left, right = side(accuracies, name[0]), side(accuracies, name[1])
+    left, right = values_of(accuracies, name[0]), values_of(accuracies, name[1])
     return {same: left[same] - right[same] for same in left if same in right}
 
 
@@ -629,7 +640,7 @@ def claims(found, columns, corner="claim"):
     lines = {}
     for claim in (*PAPER, *OURS, *EXPLORATORY):
         left, relation, right = claim
-        values = [list(side(accuracies, (left, right)).values()) for accuracies in known]
+        values = [list(values_of(accuracies, (left, right)).values()) for accuracies in known]
         if any(values):
             lines[words(claim)] = [verdict(some, relation) for some in values]
     return table(corner, columns, lines) if lines else ""
@@ -835,7 +846,7 @@ def main(argv=None):
     add("--seed", nargs="+", type=number(int, 0), default=[0, 1, 2], help="default 0 1 2")
     add("--jobs", type=number(int, 1), help="runs at once (default: cores, or GPUs)")
     add("--share", type=share, default=(0, 1), metavar="i/N",
-        help="make every N-th run, from the i-th; no report")
+        help="make every N-th run, from the i-th; no report, no chart")
     add("--report", nargs="+", metavar="DIR", type=os.path.expanduser,
         help="only print the report again, from the rows")
     add("--chart", metavar="FILE.svg", type=os.path.expanduser, help="draw the accuracies there")
@@ -867,7 +878,7 @@ def main(argv=None):
         publish(read_rows(args.report), args.chart)
         return
     machine = train.make_machine(args)
-    runs = plan(args)
+    runs = runs_wanted(args)
     first, every = args.share
     mine = runs[first::every]
     jobs = 1

@@ -305,8 +305,8 @@ def chart(panels, unit):
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
              f'width="{width}" height="{height}" font-family="sans-serif" font-size="13" '
              'fill="#777">']
-    for number, (title, panel) in enumerate(panels.items()):
-        left = 50 + number * (WIDTH + NAMES)
+    for place, (title, panel) in enumerate(panels.items()):
+        left = 50 + place * (WIDTH + NAMES)
         parts.append(f'<text x="{left}" y="18" font-weight="bold">'
                      f'{html.escape(title)}</text>')
         parts += panel_parts(panel, left, low, high)

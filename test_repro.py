@@ -5,6 +5,7 @@ worked out by hand or published. No network, no data set.
     python -m pytest -q -m slow         # interrupted, killed and several processes
     python -m pytest -q -s -m speed     # how fast this machine is
 """
+import argparse
 import ast
 import contextlib
 import copy
@@ -830,6 +831,12 @@ def with_group_norm():
     return torchvision.models.resnet18(norm_layer=lambda width: nn.GroupNorm(8, width))
 
 
+def with_another_block():
+    network = torchvision.models.resnet18()
+    network.layer4 = nn.Sequential(network.layer4, nn.Conv2d(512, 512, 1))
+    return network
+
+
 def refuses_to_shrink(network):
     with pytest.raises(Refused, match="^[^\n]*cannot be removed[^\n]*Torch-Pruning$"):
         prune.shrunk(network)
@@ -837,11 +844,20 @@ def refuses_to_shrink(network):
 
 @pytest.mark.parametrize("make", [
     torchvision.models.mobilenet_v2, torchvision.models.vgg11_bn, torchvision.models.densenet121,
-    torchvision.models.resnext50_32x4d, data_parallel, one_of_ones_own, with_group_norm])
+    torchvision.models.resnext50_32x4d, data_parallel, one_of_ones_own, with_group_norm,
+    with_another_block])
 def test_a_network_whose_filters_have_unknown_readers_is_refused(make):
     with torch.device("meta"):
         network = make()
     refuses_to_shrink(network)
+
+
+def test_a_network_whose_last_stage_was_cut_off_can_be_pruned():
+    network = torchvision.models.resnet18()
+    network.layer4 = nn.Identity()
+    network.fc = nn.Linear(256, 10)
+    found = prune.shrunk(network)(torch.zeros(1, 3, 64, 64))
+    assert found.shape == (1, 10)
 
 
 @pytest.mark.parametrize("layer", ["layer1.0.conv1", "layer1.0.conv2", "conv1", "fc"])
@@ -934,11 +950,9 @@ def emptied(state):
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (renamed, "2 tensors .*: conv1.weight .the network: 16x3x3x3, the file: none., "
-     "stem.weight .the network: none, the file: 16x3x3x3.$"),
-    (reshaped, "1 tensors .*: fc.weight .the network: 10x64, the file: 10x8.$"),
-    (emptied, r"\d\d tensors .*: conv1.weight .*\), bn1.weight .*\), bn1.bias .*\), "
-     r"bn1.running_mean .*none\)$")], ids=["names", "shapes", "only the first few"])
+    (renamed, 'Missing .*: "conv1.weight". Unexpected .*: "stem.weight".$'),
+    (reshaped, r"fc.weight: .* torch.Size.\[10, 8\]. .* model is torch.Size.\[10, 64\]."),
+    (emptied, r"^[^\n]{,700} \[\.\.\.\]$")], ids=["names", "shapes", "only the first few"])
 def test_a_state_dict_of_another_network_is_refused(tmp_path, spoil, words):
     state = dict(models.build("resnet8", 10).state_dict())
     torch.save(spoil(state), tmp_path / "weights.pt")
@@ -2498,14 +2512,14 @@ def unusable(study, tmp_path_factory):
     bad("train --dataset folder --data-dir data --out new --pretrained list.pth",
         "list.pth: holds a list, not a state dict"),
     bad("train --dataset folder --data-dir data --out new --pretrained three.pth",
-        "2 tensors do not fit: fc.weight (the network: 2x64, the file: 3x64)"),
+        "size mismatch for fc.weight: copying a param with shape torch.Size([3, 64])"),
     bad("train --dataset folder --out new --data-dir nowhere", "nowhere has no train/<class>/*"),
     bad("train --dataset folder --out new --data-dir empty", "empty has no train/<class>/*"),
     bad("train --dataset folder --out new --data-dir no-test",
         "has no test/<class>/* or val/<class>/* with the 2 classes of train/"),
     bad("train --dataset folder --out new --data-dir classes", "with the 2 classes of train/"),
     bad("train --dataset folder --out new --data-dir holes", "holes/train: Found no valid file"),
-    bad("train --dataset folder --out new --data-dir sizes", "their classes or pixels: 8 9"),
+    bad("train --dataset folder --out new --data-dir sizes", "images have 8 pixels, test images 9"),
     bad("train --dataset folder --out new --data-dir data --subset 11", "a class has too few"),
     bad("train --dataset folder --out new --data-dir data --arch vgg16",
         "--arch: vgg16 cannot take images of 8 pixels"),
@@ -2632,6 +2646,14 @@ def test_half_an_environment_of_torchrun_is_refused(unusable, monkeypatch, envir
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     refuses(unusable, monkeypatch, "train", message)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in (TORCHRUN | {"RANK": "1", "LOCAL_RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with pytest.raises(Refused, match="more processes than the 1 GPUs of this machine"):
+        train.make_machine(argparse.Namespace(device="cuda", precision="fp32", workers=0))
 
 
 @pytest.mark.parametrize("command", ["prune run/dense.pt --method obd", "retrain run/dense.pt",
@@ -2956,6 +2978,12 @@ def test_the_same_command_again_changes_nothing(workspace):
 ONE_RUN = "retrain run/filters-magnitude-0.5.pt --schedule finetune --epochs 1 --seed 0 --jobs 1"
 
 
+def test_what_is_pruned_already_is_left_as_it_is(workspace):
+    before = listing(workspace)
+    assert ": done already, test " in ok("prune run/dense.pt --method magnitude")
+    assert listing(workspace) == before
+
+
 def test_a_missing_row_is_written_again(workspace):
     ok(ONE_RUN)
     path, = workspace.rglob("*.json")
@@ -3071,7 +3099,7 @@ def test_what_is_pruned_again_names_the_retrained_network(workspace):
 def test_prune_says_what_it_made(workspace):
     out = ok("prune run/dense.pt --method random")
     made = models.read("run/filters-random-0.5.pt")["pruning"]
-    assert f": test {made['test_accuracy']:.2f} %, with BN statistics re-estimated " in out
+    assert f": written, test {made['test_accuracy']:.2f} %, with BN statistics re-estimated " in out
     assert f"re-estimated {made['bn_test_accuracy']:.2f} %, dense " in out
     assert f"; {made['nonzero']:,} of " in out
 
@@ -3308,10 +3336,10 @@ def test_more_repetitions_narrow_the_interval(n, half):
 def test_a_side_is_a_difference_of_differences():
     accuracies = {"a": {0: 5.0, 1: 7.0, 2: 9.0}, "b": {0: 1.0, 1: 2.0}, "c": {1: 10.0, 2: 0.0},
                   "d": {1: 4.0, 2: 0.0, 3: 0.0}}
-    assert retrain.side(accuracies, "a") == {0: 5.0, 1: 7.0, 2: 9.0}
-    assert retrain.side(accuracies, ("a", "b")) == {0: 4.0, 1: 5.0}
-    assert retrain.side(accuracies, (("a", "b"), ("c", "d"))) == {1: 5.0 - 6.0}
-    assert retrain.side(accuracies, ("a", ("b", "missing"))) == {}
+    assert retrain.values_of(accuracies, "a") == {0: 5.0, 1: 7.0, 2: 9.0}
+    assert retrain.values_of(accuracies, ("a", "b")) == {0: 4.0, 1: 5.0}
+    assert retrain.values_of(accuracies, (("a", "b"), ("c", "d"))) == {1: 5.0 - 6.0}
+    assert retrain.values_of(accuracies, ("a", ("b", "missing"))) == {}
 
 
 # ---- report: tables ------------------------------------------------------------------------------
@@ -3386,6 +3414,7 @@ def test_what_makes_a_repetition(row, key, values):
         for schedule, accuracy in (("slr", 80.0), ("finetune", 70.0)):
             made = row(schedule, [accuracy + place])
             made[key[0]][key[1]] = value
+            made["retraining"]["network"] = f"{key[:2]} {value}"
             rows.append(made)
     assert "| `slr > finetune` | **yes** +10.00 [+10.00, +10.00], n=3 |" in reported(rows)
 
@@ -3576,6 +3605,19 @@ def test_results_of_networks_pruned_otherwise_are_not_averaged(row):
     other["retraining"]["network"] = "0123456789abcdef"
     with pytest.raises(Refused, match="two results of filters 0.5 magnitude, slr, seed 0"):
         retrain.report([row("slr", [80.0]), other])
+
+
+def test_a_pruning_seed_that_changes_nothing_makes_no_repetition(row):
+    again = row("slr", [80.0])
+    again["pruning"]["seed"] = 1
+    assert "| `slr` | 80.00 (-10.00, n=1) |" in reported([row("slr", [80.0]), again])
+
+
+def test_another_pruning_seed_makes_a_repetition(row):
+    other = row("slr", [82.0])
+    other["pruning"]["seed"] = 1
+    other["retraining"]["network"] = "0123456789abcdef"
+    assert "| `slr` | 81.00 ± 1.41 (-9.00, n=2) |" in reported([row("slr", [80.0]), other])
 
 
 def test_the_start_of_another_schedule_serves_no_shorter_budget(row):

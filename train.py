@@ -133,7 +133,7 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
         say(describe(curve, seconds, settings["epochs"]), label)
     network.to(machine.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(network, settings["weight_decay"], momentum)
-    pinned = pairs(network, masks or {})
+    pinned = pinned_weights(network, masks or {})
     forward = wrap(network, machine)
     slices = batch_slices(data, settings, machine)
     for epoch in range(len(curve["epoch"]), settings["epochs"]):
@@ -146,7 +146,7 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
             losses.append(loss * len(y))                      # stays on the device: no step waits
             hits.append(right)
             seen += len(y) * machine.world
-        loss, right = total(losses, hits, network, machine)
+        loss, right = epoch_totals(losses, hits, network, machine)
         if not np.isfinite(loss):
             raise Refused(f"the loss is not finite in epoch {epoch + 1}; try a smaller --lr")
         point = {"epoch": epoch + 1, "lr": schedule(epoch * len(slices))[0],
@@ -165,7 +165,7 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
 
 
 def train_step(forward, optimizer, x, y, schedule, machine, pinned=None):
-    """One step of SGD at `schedule`, a pair (lr, momentum); `pinned`: see `pairs`.
+    """One step of SGD at `schedule`, a pair (lr, momentum); `pinned`: see `pinned_weights`.
 
     Returns the loss and the number of correct predictions, still on the device."""
     group = optimizer.param_groups[0]
@@ -192,7 +192,7 @@ def train_step(forward, optimizer, x, y, schedule, machine, pinned=None):
     return loss.detach(), (out.detach().argmax(1) == y).sum()
 
 
-def total(losses, hits, network, machine):
+def epoch_totals(losses, hits, network, machine):
     """(summed loss, right answers) of an epoch, over all processes, as numbers: the one wait."""
     losses = torch.stack(losses)
     hits = torch.stack(hits)
@@ -240,7 +240,7 @@ def buffers(optimizer, network):
     return found
 
 
-def pairs(network, masks):
+def pinned_weights(network, masks):
     """(weights, masks) as two lists for one multiplication a step, each mask laid out as its
     weight; None without masks."""
     if not masks:
@@ -527,12 +527,11 @@ def load_data(dataset, data_dir, subset, dry_run, device):
     """A `Data`: of all training images (subset None) or of so many, class-balanced. Raises Refused
     if the images are not to be had or do not fit each other."""
     images, labels, classes = load_split(dataset, data_dir, True, subset, dry_run)
-    test_images, test_labels, test_classes = load_split(dataset, data_dir, False, None, dry_run)
+    test_images, test_labels, _ = load_split(dataset, data_dir, False, None, dry_run)
     side = side_of(images)
-    if classes != test_classes or side != side_of(test_images):
-        odd = sorted({*classes} ^ {*test_classes}) or [side, side_of(test_images)]
-        raise Refused(f"argument --data-dir: {data_dir}: training and test images differ in their "
-                      f"classes or pixels: {' '.join(map(str, odd))}")
+    if side != side_of(test_images):
+        raise Refused(f"argument --data-dir: {data_dir}: training images have {side} pixels, test "
+                      f"images {side_of(test_images)}")
     if isinstance(images, np.ndarray):
         names = ["/".join(path.replace("\\", "/").split("/")[-2:]) for path in images]
         content = os.fsencode("".join(names))
@@ -755,7 +754,11 @@ def make_machine(args):
     if device.type != "cpu":
         index = device.index
         if index is None:
-            index = local % torch.accelerator.device_count()
+            index = local
+            there = torch.accelerator.device_count()
+            if local >= there:
+                raise Refused(f"torchrun started more processes than the {there} GPUs of this "
+                              "machine; give --nproc-per-node")
         torch.accelerator.set_device_index(index)
     keep_memory()
     torch.backends.cudnn.benchmark = cuda
