@@ -4209,11 +4209,13 @@ def test_speed(tmp_path, monkeypatch):
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^( *)```(python)?\n(.*?)^ *```", README, re.S | re.M)
-# Numbers of other works that the README holds: Le & Hua 2021, figures; Wang 2023, Table 6; Renda
-# 2020, ResNet-20 at density .1074; torchvision's two kinds of weights.
+# Differences that other works found, as they stand in the README, with a true minus sign: Le & Hua
+# 2021, figures, twice; Wang 2023, Table 6; Renda 2020, ResNet-20 at density .1074.
 PUBLISHED = """
--0.53 -0.40 -0.52 -0.05 -0.55 -0.19 +0.20
--0.66 -0.27 -0.04 -0.58 -2.01 -1.52 -1.51 -1.63
+−0.53 −0.40 −0.52 −0.05 −0.55 −0.19 −0.05
+−0.52 −0.53 −0.05 −0.40 −0.19 −0.05
+−0.66 −0.27 −0.04 −0.58 −2.01 −1.52 −1.51 −1.63
+−3.2 −2.6 −2.7
 """
 
 
@@ -4376,9 +4378,21 @@ def test_readme_tables_of_results_stand_in_a_report(reports):
         assert set(table.splitlines()) <= lines
 
 
+def test_readme_has_the_published_differences():
+    assert re.findall(r"−\d\.\d+", README) == PUBLISHED.split()
+    assert README.count("| +0.20 ") == 2                            # the only one above dense
+
+
+def test_readme_differences_stand_in_a_report_with_their_intervals(reports):
+    found = re.findall(r"[+-]\d+\.\d\d(?: \[.*?\]|, n=\d)", README)
+    assert len(found) > 20
+    for difference in found:
+        assert any(difference in report for report in reports.values()), difference
+
+
 def test_readme_numbers_are_measured_or_published(reports):
-    text = re.sub(r"Python 3.\d+", "", README).replace("−", "-")
-    known = [*PUBLISHED.split(), "0.01", "0.95", "0.85"]            # a rate, momenta
+    text = re.sub(r"−\d\.\d+|Python 3.\d+", "", README)
+    known = ["+0.20", "0.01", "0.95", "0.85"]       # of Le & Hua, a rate, momenta
     for report in reports.values():
         known += re.findall(r"[+-]?\d+\.\d\d\b", report)
     for row in retrain.read_rows([HERE / ".results"]):
