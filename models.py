@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from schedules import Refused
 
 FORMAT = 3                                                  # of checkpoints and of result rows
-IMAGENET = ("resnet18", "resnet34", "resnet50")             # torchvision's
+TORCHVISION = ("resnet18", "resnet34", "resnet50")             # torchvision's
 
 
 # ---- networks ------------------------------------------------------------------------------------
@@ -94,10 +94,10 @@ def build(arch, classes, seed=0, pretrained=None):
     against 76.13 %). Raises Refused for an unknown name, and for weights that are unavailable or do
     not fit."""
     depth = re.fullmatch(r"resnet([1-9]\d{0,3})", arch)
-    if pretrained == "torchvision" and arch not in IMAGENET:
-        raise Refused(f"argument --pretrained: torchvision has weights of {', '.join(IMAGENET)}, "
-                      f"none of {arch}; name a file")
-    if arch in IMAGENET:
+    if pretrained == "torchvision" and arch not in TORCHVISION:
+        raise Refused("argument --pretrained: torchvision has weights of "
+                      f"{', '.join(TORCHVISION)}, none of {arch}; name a file")
+    if arch in TORCHVISION:
         network = torchvision_resnet(arch, classes, pretrained == "torchvision")
     elif arch == "vgg16":
         network = VGG16(classes)
@@ -105,7 +105,7 @@ def build(arch, classes, seed=0, pretrained=None):
         network = CifarResNet(int(depth[1]), classes)
     else:
         raise Refused(f"argument --arch: unknown network {arch!r}; known: resnet8, resnet20, "
-                      f"resnet56 … resnet1202 (6n+2), {', '.join(IMAGENET)}, vgg16")
+                      f"resnet56 … resnet1202 (6n+2), {', '.join(TORCHVISION)}, vgg16")
     if pretrained == "torchvision":
         if classes != 1000:
             network.fc = initialise(nn.Linear(network.fc.in_features, classes), seed or 0)
@@ -218,9 +218,9 @@ def prunable(network):
         units = resnet_units(network)
     elif isinstance(network, VGG16):
         units = vgg_units(network)
-    made = [name for name, _ in network.named_parameters()     # of others: masked or parametrized
-            if not name.endswith(("weight", "bias"))]
-    if not units or made or not all(cuttable(network, unit) for unit in units):
+    wrapped = [name for name, _ in network.named_parameters()  # weight_orig, parametrizations.…
+               if not name.endswith(("weight", "bias"))]
+    if not units or wrapped or not all(cuttable(network, unit) for unit in units):
         raise Refused(f"{type(network).__name__}: its filters cannot be removed here, only those "
                       "of models.build and of torchvision's ResNets without grouped convs; unwrap "
                       "a DataParallel (.module), make torch.nn.utils.prune's masks permanent "
@@ -257,7 +257,8 @@ def vgg_units(network):
             stage += 1
         elif isinstance(module, nn.Conv2d):
             number = len(units) + 1
-            units.append(Unit(str(i), str(i + 1), layers[number], stage, number))
+            reader = layers[number]                 # counted from 0, so the one behind this conv
+            units.append(Unit(str(i), str(i + 1), reader, stage, number))
     return units
 
 
@@ -295,7 +296,8 @@ def shrink(state, units, keep):
 
 
 def weight_names(network, include_linear=True):
-    """Names of the tensors that weight pruning can take from: all conv weights, Linear ones too."""
+    """Names of the tensors that weight pruning can take from: all conv weights and, with
+    `include_linear`, the Linear ones."""
     kinds = (nn.Conv2d, nn.Linear) if include_linear else nn.Conv2d
     return [f"{name}.weight" for name, m in network.named_modules() if isinstance(m, kinds)]
 
@@ -332,16 +334,14 @@ def write(path, data):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        try:
+        with contextlib.suppress(FileNotFoundError):    # swept by a faster process: write it again
             os.replace(temporary, path)
             break
-        except FileNotFoundError:           # swept away by another process that was faster: again
-            continue
     sweep(path)
 
 
 def first_process():
-    """Is this the only process of its run, or, of torchrun's, the one that speaks and writes?"""
+    """Is this the process that prints and writes: the only one, or torchrun's rank 0?"""
     return int(os.environ.get("RANK") or 0) == 0
 
 
@@ -408,14 +408,12 @@ def read(path, key="model"):
 
 def read_state(path):
     """The state of an unfinished run, or None if there is none."""
-    if not os.path.isfile(path):
-        return None
     try:
         return read(path, "momentum")
     except (Refused, FileNotFoundError):
         if os.path.isfile(path):
             raise
-        return None                         # another process has just finished the same run
+        return None         # none yet, or another process has just finished the same run
 
 
 def restore(checkpoint):

@@ -69,7 +69,7 @@ def magnitude(network, structure, names, seed, calibration):
 
 def uniform(network, structure, names, seed, calibration):
     """Uniform numbers, a function of the seed."""
-    draw = np.random.default_rng((7, seed))
+    draw = np.random.default_rng((7, seed))         # 7: other numbers than calibration images have
     scores = {}
     for name in names:
         like = per_filter(network.get_parameter(name).detach(), structure)
@@ -84,7 +84,7 @@ def taylor(network, structure, names, seed, calibration):
 
 
 def obd(network, structure, names, seed, calibration):
-    """h*w^2/2, h = mean of g^2 over single images, the Fisher diagonal (LeCun 1990)."""
+    """h*w^2/2, h = mean of g^2 over single images, the Fisher diagonal (LeCun 1989)."""
     return gradient_scores(network, names, calibration, 1,
                            lambda gw: per_filter(gw ** 2 / 2, structure))
 
@@ -176,7 +176,7 @@ def filters_to_keep(network, shares=None, skipped=(), widths=None):
         elif unit.number in skipped:
             counts[unit.conv] = width
         else:
-            share = shares[(unit.stage - 1) % len(shares)]
+            share = shares[0] if len(shares) == 1 else shares[unit.stage - 1]
             # 1e-9: 10 * (1 - 0.9) is 0.99…98 in floating point and means 1.
             counts[unit.conv] = max(1, int(width * (1 - share) + 1e-9))
     return counts
@@ -215,7 +215,7 @@ def weight_masks(weights, scores, sparsity, scope="global"):
 
     weights   {name: tensor}; of the n weights round(sparsity * n) go, counting those already zero,
               which go first
-    scores    {name: tensor of that shape}
+    scores    {name: tensor of that shape}, none below 0
     sparsity  the share that is zero afterwards
     scope     global: one ranking of all (Han 2015); layer: each tensor by itself
 
@@ -224,7 +224,7 @@ def weight_masks(weights, scores, sparsity, scope="global"):
     if scope == "layer":
         masks = {}
         for name, weight in weights.items():
-            masks |= weight_masks({name: weight}, scores, sparsity)
+            masks |= weight_masks({name: weight}, scores, sparsity, "global")   # of this one
         return masks
     flat = []
     for name, weight in weights.items():
@@ -339,6 +339,9 @@ def removed_and_distance(before, after, names):
     return removed, (moved / one.norm()).item()
 
 
+BN_IMAGES = 50_000
+
+
 def reestimated(network, data, machine):
     """A copy of a network whose BN statistics are those of the training images, neither cropped nor
     flipped: cumulative averages over one epoch, of BN_IMAGES images at most. Nothing is trained; it
@@ -355,9 +358,6 @@ def reestimated(network, data, machine):
             if len(x) > 1:
                 copied(x)
     return copied.eval()
-
-
-BN_IMAGES = 50_000
 
 
 def digest_of(checkpoint):
@@ -482,8 +482,7 @@ def main(argv=None):
         sparsity = None
     elif len(sparsity) == 1:
         sparsity = sparsity[0]
-    default = "runs/shapes-resnet8-s0" + ("-dry" if args.dry_run else "")
-    sources = args.checkpoint or [f"{default}/dense.pt"]
+    sources = args.checkpoint or [f"{train.default_folder(dry_run=args.dry_run)}/dense.pt"]
     todo = {}                                           # {target: (checkpoint, what is wanted)}
     for source in sources:
         checkpoint = models.read(source, "dense")
@@ -494,7 +493,7 @@ def main(argv=None):
                       "calibration_images": args.calibration_images}
             target = target_of(source, checkpoint, wanted, args.out)
             if target in todo:
-                raise Refused(f"argument --out: {target} would be written twice")
+                raise Refused(f"{target}: would be written twice")
             todo[target] = checkpoint, wanted
     machine = train.make_machine(args)
     for target, (checkpoint, wanted) in todo.items():

@@ -9,8 +9,8 @@
 A retraining is `train.fit` with other start weights (`start`) and another schedule
 (`schedules.retrain`); all else is the dense run's, so that all arms share batch size, weight decay,
 data order and budget. A dense network is retrained the same way, for comparison. What is made from
-X.pt lies in the folder X/, what is made from dense.pt beside it; a result is a checkpoint and a
-row, the same without tensors as JSON, which says all that is needed to run it again.
+X.pt goes to the folder X/, what is made from dense.pt goes beside it; a result is a checkpoint and
+a row, the same without tensors as JSON, which says all that is needed to run it again.
 """
 import argparse
 import glob
@@ -65,7 +65,7 @@ def start(run, checkpoint):
             if (checkpoint["model"][name] == 0).any():
                 masks[name] = checkpoint["model"][name] != 0
     if run.schedule == "weight_rewind":
-        model, momentum = rewound(run, checkpoint)
+        model, momentum = rewound(run.source, run.budget, checkpoint)
         if pruning["kept"]:
             units = models.prunable(network)
             model = models.shrink(model, units, pruning["kept"])
@@ -78,27 +78,30 @@ def start(run, checkpoint):
     return network, momentum, masks
 
 
-def rewound(run, checkpoint):
-    """(weights and buffers, momentum) of the dense run after max(0, T - t) epochs."""
+def rewound(source, budget, checkpoint):
+    """(weights and buffers, momentum) of the dense run after max(0, T - t) epochs. Raises Refused
+    if its snapshot is missing or belongs to another run."""
     recipe = checkpoint["dense"]["recipe"]
-    epoch = max(0, recipe["epochs"] - run.budget)
+    epoch = max(0, recipe["epochs"] - budget)
     if not checkpoint["dense"]["curve"]["epoch"]:
         raise Refused("argument --schedule: weight_rewind needs snapshots of the dense run, and "
-                      f"{run.source} comes from one that was not made here (--epochs 0)")
+                      f"{source} comes from one that was not made here (--epochs 0)")
     if epoch == 0:
         network = models.build(checkpoint["arch"], checkpoint["classes"], recipe["seed"],
                                recipe["pretrained"])
         return network.state_dict(), {}
-    path = snapshot_of(run.source, epoch)
+    path = snapshot_of(source, epoch)
     if not path:
         wanted = os.path.basename(train.snapshot_path("", epoch))
-        near = glob.glob(os.path.join(os.path.dirname(run.source), "epoch-*.pt"))
-        there = " ".join(sorted(map(os.path.basename, near))) or "none"
-        raise Refused(f"argument --schedule: weight_rewind with {run.budget} epochs needs {wanted} "
-                      f"of the dense run, beside {run.source} or above; there is {there}")
+        near = set()
+        for folder in Path(os.path.abspath(source)).parents:
+            near |= {path.name for path in folder.glob("epoch-*.pt")}
+        there = " ".join(sorted(near)) or "none"
+        raise Refused(f"argument --schedule: weight_rewind with {budget} epochs needs {wanted} "
+                      f"of the dense run, beside {source} or above; there is {there}")
     snapshot = models.read(path, "momentum")
     dense = checkpoint["dense"]
-    train.same_run(train.run_settings(recipe, checkpoint["arch"], dense["precision"],
+    train.check_same_run(train.run_settings(recipe, checkpoint["arch"], dense["precision"],
                                       dense["data"]), snapshot["settings"], path)
     return snapshot["model"], snapshot["momentum"]
 
@@ -218,11 +221,11 @@ def runs_wanted(args):
         checkpoint = models.read(source, "dense")
         recipe = checkpoint["dense"]["recipe"]
         if "retraining" in checkpoint:
-            raise Refused(f"{source}: is retrained already; prune it again first")
+            raise Refused(f"{source}: has been retrained already; prune it again first")
         if args.rounds > 1 and "pruning" not in checkpoint:
             raise Refused(f"argument --rounds: {source} is not pruned")
         for budget in args.epochs or [train.budget(recipe)]:
-            names = arms(source, checkpoint, budget, args.schedule)
+            names = schedules_for(source, checkpoint, budget, args.schedule)
             if budget >= recipe["epochs"] and {"lr_rewind", "weight_rewind"} & {*names}:
                 train.say(f"{source}: T = {recipe['epochs']}; with as many epochs or more, "
                           "lr_rewind and weight_rewind start the dense run over")
@@ -233,20 +236,20 @@ def runs_wanted(args):
 
 def default_sources(dry_run):
     """The dense network and the pruned ones of the default run."""
-    folder = "runs/shapes-resnet8-s0" + ("-dry" if dry_run else "")
+    folder = train.default_folder(dry_run=dry_run)
     pruned = sorted(glob.glob(f"{folder}/filters-*.pt") + glob.glob(f"{folder}/weights-*.pt"))
     if not pruned:
         raise Refused(f"{folder}: no pruned checkpoint is there; run prune.py or name one")
     return [f"{folder}/dense.pt", *pruned]
 
 
-def arms(source, checkpoint, budget, wanted):
+def schedules_for(source, checkpoint, budget, wanted):
     """The schedules by which to retrain a checkpoint: those that are `wanted`, or the default
     ones. weight_rewind is refused, or left out of the default, if its snapshot is missing."""
     names = list(wanted or (DEFAULT if "pruning" in checkpoint else DEFAULT_UNPRUNED))
     if "weight_rewind" in names:
         try:
-            rewound(Run(source, "weight_rewind", budget, 0), checkpoint)
+            rewound(source, budget, checkpoint)         # raises if the snapshot is missing
         except Refused as problem:
             if wanted:
                 raise
@@ -292,21 +295,24 @@ def default_jobs(runs, args, machine):
     return max(1, min(left, devices))
 
 
-def in_processes(jobs, argv, share, machine):
-    """Start this command `jobs` times, each with its part of `share`, its share of the cores and a
+SEE_ABOVE = "some runs failed, see above; run the same command again to retry them"
+
+
+def in_processes(jobs, argv, part, machine):
+    """Start this command `jobs` times, each with its piece of `part`, its share of the cores and a
     GPU of its own, and wait. Returns what they said of runs that failed. When this process is
     interrupted or fails, it ends them."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
-    first, every = share
+    first, every = part
     children = []
     flags_end = argv.index("--") if "--" in argv else len(argv)
     try:
-        for part in range(jobs):
+        for place in range(jobs):
             command = [sys.executable, os.path.abspath(__file__), *argv[:flags_end], "--jobs", "1",
-                       "--share", f"{first + part * every}/{every * jobs}"]
+                       "--share", f"{first + place * every}/{every * jobs}"]
             if machine.device.type != "cpu" and machine.device.index is None:
-                gpu = part % torch.accelerator.device_count()
+                gpu = place % torch.accelerator.device_count()
                 command += ["--device", f"{machine.device.type}:{gpu}"]
             command += argv[flags_end:]
             errors = tempfile.TemporaryFile()
@@ -317,7 +323,8 @@ def in_processes(jobs, argv, share, machine):
             errors.seek(0)
             said = errors.read().decode(errors="replace")
             if child.returncode:
-                failed += said.splitlines() or [f"a process ended with status {child.returncode}"]
+                lines = said.splitlines() or [f"a process ended with status {child.returncode}"]
+                failed += [line for line in lines if not line.endswith(SEE_ABOVE)]
             else:
                 sys.stderr.write(said)                                  # warnings
         return failed
@@ -348,14 +355,15 @@ def read_rows(folders):
             if row["format"] != models.FORMAT or not row["retraining"] or not row["dense"]:
                 raise ValueError
         except (ValueError, RecursionError, KeyError, TypeError):
-            raise Refused(f"{path}: is no row of format {models.FORMAT}; remove it") from None
+            raise Refused(f"{path}: not a result row of format {models.FORMAT}; remove it"
+                          ) from None
         rows.append(row)
     return rows
 
 
 class Cell(NamedTuple):
     """A column of a table: runs that have this in common can be compared."""
-    network: str            # and data set, and what of the conditions is not the same everywhere
+    network: str            # and data set, plus those conditions that differ among the rows
     what: str               # was pruned; "nothing" of the dense network
     method: str
     budget: int
@@ -376,20 +384,6 @@ def cells(rows):
     """{Cell: {arm: {Repetition: row}}}. The start of a finetune run is also a run of each shorter
     budget."""
     found = {}
-
-    def put(network, row, budget):
-        pruning = row.get("pruning", {"method": "", "seed": None})
-        cell = Cell(network, what_was_pruned(row), pruning["method"], budget)
-        same = Repetition(row["dense"]["digest"], pruning["seed"], row["retraining"]["seed"])
-        runs = found.setdefault(cell, {}).setdefault(arm_of(row), {})
-        network = row["retraining"]["network"]
-        if same in runs and runs[same]["retraining"]["network"] != network:
-            raise Refused(f"two results of {cell.what} {cell.method}, {arm_of(row)}, seed "
-                          f"{same.retraining} come from networks that were pruned otherwise; "
-                          "report their folders apart")
-        if not counted(runs, same, network):
-            runs[same] = row
-
     named = list(zip(network_names(rows), rows))
     budgets = {}
     for network, row in named:
@@ -398,29 +392,41 @@ def cells(rows):
         if row["retraining"]["schedule"] == "finetune" and round_of(row) < 2:
             for budget in sorted(budgets[network]):
                 if budget < row["retraining"]["budget"]:
-                    put(network, shortened(row, budget), budget)
+                    put(found, network, shortened(row, budget))
     for network, row in named:
-        put(network, row, row["retraining"]["budget"])
+        put(found, network, row)
     return {cell: over_common_repetitions(arms) for cell, arms in found.items()}
 
 
-def counted(runs, same, network):
-    """Is the retraining there already under another pruning seed, which did not change the network
-    (magnitude has no use for it)? It is one repetition, not two."""
-    for other, row in runs.items():
-        if other != same and other.retraining == same.retraining \
-                and row["retraining"]["network"] == network:
-            return True
-    return False
+def put(found, name, row):
+    """Add a row to `found` (see `cells`) under its network's name. Raises Refused if it would stand
+    for the same repetition as the row of a network that was pruned differently."""
+    pruning = row.get("pruning", {"method": "", "seed": None})
+    retraining = row["retraining"]
+    cell = Cell(name, what_was_pruned(row), pruning["method"], retraining["budget"])
+    repetition = Repetition(row["dense"]["digest"], pruning["seed"], retraining["seed"])
+    runs = found.setdefault(cell, {}).setdefault(arm_of(row), {})
+    alike = [other for other, known in runs.items()
+             if known["retraining"]["network"] == retraining["network"]]
+    if repetition in runs and repetition not in alike:
+        raise Refused(f"two results of {cell.what} {cell.method}, {arm_of(row)}, seed "
+                      f"{repetition.retraining} come from networks that were pruned otherwise; "
+                      "report their folders apart")
+    # One network under two pruning seeds (magnitude ignores them) is one repetition, not two.
+    for other in alike:
+        if other != repetition and other.retraining == repetition.retraining:
+            return
+    runs[repetition] = row
 
 
 def over_common_repetitions(arms):
-    """{arm: {Repetition: row}} without the repetitions that one of the MAIN arms lacks."""
+    """{arm: {Repetition: row}} without the repetitions that one of the MAIN arms lacks; an arm that
+    has none of the common ones stays as it is."""
     sets = [set(runs) for arm, runs in arms.items() if arm in MAIN]
     common = set.intersection(*sets) if sets else set()
     found = {}
     for arm, runs in arms.items():
-        shared = {same: row for same, row in runs.items() if same in common}
+        shared = {key: row for key, row in runs.items() if key in common}
         found[arm] = shared or runs
     return found
 
@@ -457,7 +463,7 @@ def base_name(row):
 
 
 def conditions(row):
-    """What has to be equal in rows that are averaged, beside what a Cell and the arm name."""
+    """What has to be equal in rows that are averaged, apart from what Cell and arm already say."""
     found = {}
     for key, value in row["dense"]["recipe"].items():
         if key not in ("dataset", "seed"):
@@ -487,16 +493,17 @@ def what_was_pruned(row):
 
 
 def usual_history(row):
-    """What went before if it was the same again, as --rounds makes it (see prune.history)."""
-    pruning = dict(row["pruning"])
-    rounds = pruning["round"]
-    sparsity = pruning["sparsity"]
+    """The steps before this pruning if --rounds made them, named as `prune.history` does: so many
+    times the same pruning and the same retraining."""
+    pruning = row["pruning"]
+    retraining = row["retraining"]
     steps = []
-    for done in range(1, rounds):
-        if pruning["structure"] == "weights":
-            pruning["sparsity"] = 1 - (1 - sparsity) ** (done / rounds)
-        steps.append(prune.name_of(pruning))
-        steps.append(f"{row['retraining']['schedule']}-t{row['retraining']['budget']}")
+    for earlier in range(1, pruning["round"]):
+        sparsity = pruning["sparsity"]
+        if pruning["structure"] == "weights":   # cumulative: each round leaves the same share
+            sparsity = 1 - (1 - sparsity) ** (earlier / pruning["round"])
+        steps.append(prune.name_of({**pruning, "sparsity": sparsity}))
+        steps.append(f"{retraining['schedule']}-t{retraining['budget']}")
     return steps
 
 
@@ -567,35 +574,47 @@ def compared(found, cell):
     accuracies = {"dense": {}}
     for arm, runs in found[cell].items():
         accuracies[arm] = last_accuracies(runs)
-        for same, row in runs.items():
-            accuracies["dense"][same] = row["dense"]["test_accuracy"]
-    first = min(other.budget for other in found if other._replace(budget=cell.budget) == cell)
-    for behind, other in (("/random", cell._replace(method="random")),
-                          ("/first", cell._replace(budget=first))):
-        if other != cell:                               # nothing is compared with itself
-            for arm, runs in found.get(other, {}).items():
-                accuracies[arm + behind] = last_accuracies(runs)
-    if cell.what == "nothing":
-        return accuracies
-    for arm, runs in found.get(Cell(cell.network, "nothing", "", cell.budget), {}).items():
-        unpruned = last_accuracies(runs)
-        accuracies[f"{arm}/unpruned"] = {
-            same: unpruned[same._replace(pruning=None)] for same in accuracies["dense"]
-            if same._replace(pruning=None) in unpruned}
+        for repetition, row in runs.items():
+            accuracies["dense"][repetition] = row["dense"]["test_accuracy"]
+    budgets = [other.budget for other in found if other._replace(budget=cell.budget) == cell]
+    random = cell._replace(method="random")
+    first = cell._replace(budget=min(budgets))
+    unpruned = cell._replace(what="nothing", method="")
+    for suffix, other in (("/random", random), ("/first", first), ("/unpruned", unpruned)):
+        if other == cell:                               # nothing is compared with itself
+            continue
+        for arm, runs in found.get(other, {}).items():
+            values = last_accuracies(runs)
+            if other == unpruned:
+                values = for_each_pruning(values, accuracies["dense"])
+            accuracies[arm + suffix] = values
     return accuracies
+
+
+def for_each_pruning(values, repetitions):
+    """The unpruned network's {Repetition: accuracy}, given to each of the `repetitions` that it
+    shares dense network and retraining seed with."""
+    found = {}
+    for repetition in repetitions:
+        without = repetition._replace(pruning=None)
+        if without in values:
+            found[repetition] = values[without]
+    return found
 
 
 def last_accuracies(runs):
     """{Repetition: test accuracy after the last epoch} of {Repetition: row}."""
-    return {same: row["retraining"]["test_accuracy"] for same, row in runs.items()}
+    return {key: row["retraining"]["test_accuracy"] for key, row in runs.items()}
 
 
 def values_of(accuracies, name):
-    """{Repetition: value} of one side of a claim, or of a whole one, of which all is there."""
+    """{Repetition: value}: of an arm its accuracy, of a pair (left, right) left minus right, for
+    the repetitions that both have. A claim is the pair of its sides, each an arm or a pair."""
     if isinstance(name, str):
         return accuracies.get(name, {})
-    left, right = values_of(accuracies, name[0]), values_of(accuracies, name[1])
-    return {same: left[same] - right[same] for same in left if same in right}
+    left = values_of(accuracies, name[0])
+    right = values_of(accuracies, name[1])
+    return {key: left[key] - right[key] for key in left if key in right}
 
 
 def verdict(values, relation):
@@ -671,15 +690,14 @@ def accuracies_table(corner, found, columns):
     """The test accuracies of the cells' arms, of the dense and the pruned network as they are, and
     of the dense network retrained alike; columns: {heading: Cell}."""
     lines = {}
-    rows_of = [[row for runs in found[cell].values() for row in runs.values()]
-               for cell in columns.values()]
-    pruned = [rows[0].get("pruning") for rows in rows_of]
-    if all(pruned):
+    rows_of = [rows_in(found[cell]) for cell in columns.values()]
+    pruned = all("pruning" in rows[0] for rows in rows_of)
+    if pruned:
         lines["parameters, MACs left"] = [
-            f"{left(rows, 'nonzero', 'params'):.0%}, {left(rows, 'macs', 'macs'):.0%}"
+            f"{share_left(rows, 'nonzero', 'params'):.0%}, {share_left(rows, 'macs', 'macs'):.0%}"
             for rows in rows_of]
     lines["`dense`"] = [summary(once(rows, "dense", "test_accuracy")) for rows in rows_of]
-    if all(pruned):
+    if pruned:
         lines["not retrained"] = [summary(once(rows, "pruning", "test_accuracy"))
                                   for rows in rows_of]
         lines["only BN re-estimated"] = [summary(once(rows, "pruning", "bn_test_accuracy"))
@@ -693,7 +711,15 @@ def accuracies_table(corner, found, columns):
     return table(corner, columns, lines)
 
 
-def left(rows, pruned, dense):
+def rows_in(arms):
+    """All rows of a cell, {arm: {Repetition: row}}."""
+    rows = []
+    for runs in arms.values():
+        rows += runs.values()
+    return rows
+
+
+def share_left(rows, pruned, dense):
     """The mean share of the dense network's parameters or MACs that pruned networks have."""
     return np.mean([row["pruning"][pruned] / row["dense"][dense] for row in rows])
 
@@ -708,7 +734,7 @@ def once(rows, key, accuracy):
 def paired(accuracies, arm):
     """`summary` of an arm."""
     runs = accuracies.get(arm, {})
-    return summary([(value, accuracies["dense"][same]) for same, value in runs.items()])
+    return summary([(value, accuracies["dense"][key]) for key, value in runs.items()])
 
 
 def arms_of(found, columns):
@@ -723,7 +749,7 @@ def in_order(arm):
 
 
 def mean_curves(arms):
-    """{arm: mean test accuracy by epoch}, of the arms whose curves are as long as the budget."""
+    """{arm: mean test accuracy by epoch}, without the scratch ones."""
     curves = {}
     for arm, runs in arms.items():
         if not arm.startswith("scratch"):               # from so low that it flattens the others
@@ -776,21 +802,22 @@ def report(rows):
                  f"{run['torch']}, code {run['commit']}")
     minutes = sum(row["retraining"]["seconds"] for row in rows) / 60
     lines = [
-        f"\n{len(rows)} retrainings, {minutes:.0f} minutes of a process; "
+        f"\n{len(rows)} retrainings, {minutes:.0f} process-minutes; "
         f"{'; '.join(sorted(made))}.",
         "- Accuracy: of the last epoch, on the test images, in %: mean ± sd (difference to the "
         f"dense network, runs), over the repetitions common to those of {', '.join(MAIN)} that are "
         "present.",
         "- Claims: differences in points, paired over dense networks and seeds, with Student's "
-        "interval at 95 %, each by itself: about one in twenty looks decided by chance. Behind "
-        "a slash: pruned at random; the unpruned network; with the least epochs. *Reversed*: "
-        "decided the other way round. Exploratory: added after rows had been seen.",
+        "interval at 95 %, each by itself: about one in twenty looks decided by chance. "
+        "`/random`: pruned at random; `/unpruned`: the dense network retrained likewise; `/first`: "
+        "with the smallest budget. *Reversed*: decided the other way round. Exploratory: added "
+        "after rows had been seen.",
         "- Pictures: test accuracy by epoch; its largest, its last. The dip while the learning "
         "rate is large is normal: compare the ends.\n"]
+    # Retrained dense networks stand beside pruned ones, as /unpruned; without any, by themselves.
     shown = [cell for cell in found if cell.what != "nothing"]
-    for cell in found:
-        if not any(cell._replace(what=c.what, method=c.method) == c for c in shown):
-            shown.append(cell)                          # retrained dense networks, by themselves
+    beside = {(cell.network, cell.budget) for cell in shown}
+    shown += [cell for cell in found if (cell.network, cell.budget) not in beside]
     for network, what in dict.fromkeys((cell.network, cell.what) for cell in shown):
         columns = {}
         for cell in sorted(shown):
@@ -826,7 +853,7 @@ def by_length(found, shown):
 
 # ---- the command ---------------------------------------------------------------------------------
 
-def share(text):
+def part_of(text):
     """An argparse type: i/N as (i, N)."""
     first, every = map(int, text.split("/"))
     if not 0 <= first < every:
@@ -834,7 +861,8 @@ def share(text):
     return first, every
 
 
-share.__name__ = "share i/N, i from 0 to N-1,"
+# What argparse says of a ValueError: "invalid share i/N, … value: '3/3'".
+part_of.__name__ = "share i/N, i from 0 to N-1,"
 
 
 def main(argv=None):
@@ -845,7 +873,7 @@ def main(argv=None):
         help="pruned or dense (default: all of the default run)")
     add("--seed", nargs="+", type=number(int, 0), default=[0, 1, 2], help="default 0 1 2")
     add("--jobs", type=number(int, 1), help="runs at once (default: cores, or GPUs)")
-    add("--share", type=share, default=(0, 1), metavar="i/N",
+    add("--share", type=part_of, default=(0, 1), metavar="i/N",
         help="make every N-th run, from the i-th; no report, no chart")
     add("--report", nargs="+", metavar="DIR", type=os.path.expanduser,
         help="only print the report again, from the rows")
@@ -864,20 +892,23 @@ def main(argv=None):
     add("--rounds", type=number(int, 1), default=1, metavar="K",
         help="K retrainings, pruning by as much again in between (default 1)")
     args = flags.parse_args(argv)
-    for key in ("lr", "end_lr", "cycle_momentum"):
-        takers = [name for name, (_, options) in SCHEDULES.items() if key in options]
-        asked = args.schedule or DEFAULT
-        if getattr(args, key) != flags.get_default(key) and not {*takers} & {*asked}:
-            flags.error(f"argument --{key.replace('_', '-')}: {' '.join(asked)} would ignore it; "
-                        f"it is for {', '.join(takers)}")
+    asked = args.schedule or DEFAULT
+    for option in ("lr", "end_lr", "cycle_momentum"):
+        users = [name for name, (_, options) in SCHEDULES.items() if option in options]
+        given = getattr(args, option) != flags.get_default(option)
+        if given and not set(users) & set(asked):
+            flags.error(f"argument --{option.replace('_', '-')}: {' '.join(asked)} would ignore "
+                        f"it; it is for {', '.join(users)}")
     if args.dry_run and args.checkpoint:
         flags.error("argument --dry-run: retrains what train.py --dry-run led to; name no file")
     if args.report:
-        train.processes()
+        train.processes()               # refuses half an environment of torchrun
         train.refuse_others(flags, args, "report", "chart")
         publish(read_rows(args.report), args.chart)
         return
     machine = train.make_machine(args)
+    if machine.world > 1 and (args.jobs or 1) > 1:
+        raise Refused("argument --jobs: torchrun has started the processes already")
     runs = runs_wanted(args)
     first, every = args.share
     mine = runs[first::every]
@@ -895,7 +926,7 @@ def main(argv=None):
     if failed:
         for problem in failed:
             print(problem, file=sys.stderr)
-        raise Refused("some runs failed, see above; run the same command again to try them again")
+        raise Refused(SEE_ABOVE)
 
 
 def publish(rows, path):

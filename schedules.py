@@ -16,6 +16,7 @@ import argparse
 import html
 import math
 import os
+import signal
 import sys
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ def dense(recipe, steps_per_epoch, stretch=1.0):
     momentum = recipe.get("momentum", 0.9)
     if kind not in DENSE:
         raise Refused(f"unknown dense schedule {kind!r}; known: {', '.join(DENSE)}")
-    at_least_one(epochs=recipe.get("epochs", 1), steps_per_epoch=steps_per_epoch)
+    check_at_least_one(epochs=recipe.get("epochs", 1), steps_per_epoch=steps_per_epoch)
     if kind == "constant":
         return lambda step: (peak, momentum)
     if kind == "step":
@@ -114,7 +115,7 @@ def lr_min(recipe, steps_per_epoch):
     return dense(recipe, steps_per_epoch)(last * steps_per_epoch)[0]
 
 
-def at_least_one(**counts):
+def check_at_least_one(**counts):
     """Raises Refused for a number of epochs or steps below 1."""
     for name, count in counts.items():
         if count < 1:
@@ -155,7 +156,8 @@ def finetune(run):
 
 
 def lr_rewind(run):
-    """LRW and WR (Renda 2020): the dense run's last t epochs again."""
+    """LRW and WR (Renda 2020): the dense run's last t epochs again; of more than T, its first rate
+    until then."""
     original = dense(run.recipe, run.steps_per_epoch)
     first = (run.recipe["epochs"] - run.epochs) * run.steps_per_epoch
     return lambda step: original(max(0, first + step))
@@ -183,8 +185,10 @@ def slr(run):
 
     def at(step):
         epoch = step // run.steps_per_epoch
-        if epoch <= warmup:
-            lr = cosine(low, peak, epoch / warmup) if warmup else peak
+        if epoch < warmup:
+            lr = cosine(low, peak, epoch / warmup)
+        elif epoch == warmup:                       # at the peak, even if a drop falls on it
+            lr = peak
         elif drops is not None:
             lr = peak * 0.1 ** sum(epoch >= drop for drop in drops)
         else:
@@ -258,15 +262,15 @@ def retrain(name, epochs, steps_per_epoch, recipe=None, lr=None, end_lr=None, cy
     cycle_momentum   of one_cycle; False: constant, as the others'
     distance         for adaptive_linear: how far pruning moved the weights,
                      sqrt(| |w|^2 - |w_pruned|^2 |) / |w|
-    removed          for adaptive_linear: the share of the weights that pruning took, in [0, 1)
+    removed          for adaptive_linear: the share of the weights that pruning took, in [0, 1]
 
     Past the last step the last value stays. Raises Refused for an unknown name, for less than one
     epoch or step, and for a recipe that lacks what the schedule needs."""
     if name not in SCHEDULES:
         raise Refused(f"unknown schedule {name!r}; known: {', '.join(SCHEDULES)}")
     recipe = Recipe(recipe or {})
-    at_least_one(epochs=epochs, steps_per_epoch=steps_per_epoch)
-    at_least_one(epochs=recipe.get("epochs", 1))
+    check_at_least_one(epochs=epochs, steps_per_epoch=steps_per_epoch)
+    check_at_least_one(epochs=recipe.get("epochs", 1))
     function, _ = SCHEDULES[name]
     at = function(Retraining(epochs, steps_per_epoch, recipe, lr, end_lr, cycle_momentum, distance,
                              removed))
@@ -330,8 +334,8 @@ def panel_parts(panel, left, low, high):
     colours = {}                                            # of each different curve
     words = []
     for name, values in panel.items():
-        usual = COLOURS[[*SCHEDULES, *panel].index(name) % len(COLOURS)]
-        colour = colours.setdefault(tuple(values), usual)
+        place = [*SCHEDULES, *panel].index(name)            # a schedule's is the same everywhere
+        colour = colours.setdefault(tuple(values), COLOURS[place % len(COLOURS)])
         points = []
         for epoch, value in enumerate(values):
             x = left + WIDTH * epoch / max(1, longest - 1)
@@ -391,7 +395,7 @@ def main(argv=None):
     total = args.dense_epochs
     milestones = args.milestones
     if milestones is None:
-        milestones = [total // 2, 3 * total // 4]
+        milestones = sorted({total // 2, 3 * total // 4} - {0})
     recipe = {"schedule": args.schedule, "epochs": total, "lr": args.lr, "milestones": milestones}
     curves = {}
     for name in SCHEDULES:
@@ -404,7 +408,7 @@ def main(argv=None):
     for epoch in range(args.epochs):
         print(f"{epoch:5}", *[f"{lrs[epoch]:15.6g}" for lrs in curves.values()])
     high = max(max(lrs) for lrs in curves.values())
-    print(f"\nthe curves, from 0 to {high:g}; the largest value of each, its last")
+    print(f"\nthe curves from 0 to {high:g}, each with its largest and its last value")
     for name, lrs in curves.items():
         print(f"{name:15} {blocks(lrs, 0, high)} {max(lrs):.6g} {lrs[-1]:.6g}")
     if args.chart:
@@ -417,4 +421,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # of `| head`, which stops reading
     main()

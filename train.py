@@ -125,7 +125,7 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
     curve, seconds = {key: [] for key in CURVE}, 0.0
     state = models.read_state(state_file)
     if state:
-        same_run(settings, state["settings"], state_file)
+        check_same_run(settings, state["settings"], state_file)
         network.load_state_dict(state["model"])
         momentum = state["momentum"]
         curve = state["curve"]
@@ -164,12 +164,12 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
     return curve, seconds
 
 
-def train_step(forward, optimizer, x, y, schedule, machine, pinned=None):
-    """One step of SGD at `schedule`, a pair (lr, momentum); `pinned`: see `pinned_weights`.
+def train_step(forward, optimizer, x, y, lr_and_momentum, machine, pinned=None):
+    """One step of SGD; `pinned`: see `pinned_weights`.
 
     Returns the loss and the number of correct predictions, still on the device."""
     group = optimizer.param_groups[0]
-    group["lr"], group["momentum"] = schedule
+    group["lr"], group["momentum"] = lr_and_momentum
     try:
         with machine.autocast():
             out = forward(x)
@@ -266,7 +266,7 @@ def snapshot_path(folder, epoch):
     return os.path.join(folder, f"epoch-{epoch:03d}.pt")
 
 
-def same_run(wanted, found, path):
+def check_same_run(wanted, found, path):
     """Raises Refused, naming the settings that differ, unless two dicts of settings are equal."""
     differ = []
     for key in dict.fromkeys([*wanted, *found]):
@@ -275,7 +275,7 @@ def same_run(wanted, found, path):
             differ.append(f"{key} (here {here!r}, there {there!r})")
     if differ:
         raise Refused(f"{path}: belongs to another run, with another {', '.join(differ)}; "
-                      "remove this file or take another folder (--out)")
+                      "remove this file, or write to another folder")
 
 
 def describe(curve, seconds, epochs):
@@ -292,9 +292,7 @@ def describe(curve, seconds, epochs):
 def train(args, machine):
     """The dense run: writes dense.pt, and the snapshots that weight rewinding needs."""
     recipe = make_recipe(args)
-    folder = args.out or f"runs/{args.dataset}-{args.arch}-s{args.seed}"
-    if args.dry_run and not args.out:
-        folder += "-dry"
+    folder = args.out or default_folder(args.dataset, args.arch, args.seed, args.dry_run)
     target = os.path.join(folder, "dense.pt")
     with torch.device("meta"):
         models.build(args.arch, 10, seed=None)       # refuses unknown names before data are loaded
@@ -307,13 +305,17 @@ def train(args, machine):
         done = models.read(target, "dense")
         dense = done["dense"]
         trained = bool(dense["curve"]["epoch"])
-        same_run(settings, run_settings(dense["recipe"], done["arch"], dense["precision"],
+        check_same_run(settings, run_settings(dense["recipe"], done["arch"], dense["precision"],
                                         dense["data"], trained), target)
         models.tidy(target)
         say(f"{target}: done already, test {dense['test_accuracy']:.2f} %")
         return
     network = models.build(args.arch, data.classes, args.seed, recipe["pretrained"])
-    parameters, macs = counts(network, args.arch, data.side)
+    try:
+        parameters, macs = models.count(network, data.side)
+    except RuntimeError:
+        raise Refused(f"argument --arch: {args.arch} cannot take images of {data.side} pixels"
+                      ) from None
     say(f"{args.arch} on {args.dataset} ({data.fingerprint}; {len(data.test.labels)} test images): "
         f"{parameters:,} parameters, {macs:,} MACs; {recipe['epochs']} epochs, x0.1 at "
         f"{recipe['milestones']}; {machine.device}, {machine.precision}")
@@ -339,19 +341,15 @@ def train(args, machine):
         f"Wrote {target}. Next: python prune.py {shlex.quote(target)}")
 
 
+def default_folder(dataset="shapes", arch="resnet8", seed=0, dry_run=False):
+    """Where a dense run writes if it is not told."""
+    return f"runs/{dataset}-{arch}-s{seed}" + ("-dry" if dry_run else "")
+
+
 def run_settings(recipe, arch, precision, fingerprint, trained=True):
     """All that defines a dense run, as one dict of plain values; trained: not with --epochs 0."""
     return {**recipe, "arch": arch, "precision": precision, "data": fingerprint,
             "trained": trained}
-
-
-def counts(network, arch, side):
-    """(parameters, MACs) of a network for images of `side` pixels; Refused if it cannot take them.
-    """
-    try:
-        return models.count(network, side)
-    except RuntimeError:
-        raise Refused(f"argument --arch: {arch} cannot take images of {side} pixels") from None
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -360,6 +358,11 @@ class Split(NamedTuple):
     """The training or the test images."""
     images: torch.Tensor | np.ndarray   # uint8 (n, 3, side, side), on the device; or file paths
     labels: torch.Tensor                # int64 (n,); beside paths on the CPU
+
+
+def in_files(images):
+    """Are these large images, an array of file paths to be decoded, rather than a tensor?"""
+    return isinstance(images, np.ndarray)
 
 
 class Data(NamedTuple):
@@ -433,7 +436,7 @@ def train_batches(data, slices, seed, epoch, machine):
     """The augmented batches of an epoch: (float images, labels) for each of the `slices`."""
     images, labels = data.train
     order, crop, flip = epoch_draws(seed, epoch, len(labels))
-    if isinstance(images, np.ndarray):
+    if in_files(images):
         parts = [order[part] for part in slices]
         yield from file_batches(data.train, parts, data, machine, (seed, epoch))
         return
@@ -447,7 +450,7 @@ def train_batches(data, slices, seed, epoch, machine):
 def plain_batches(split, index, data, machine):
     """(float images, labels) of the images `index` of a split, as they are."""
     images, labels = split
-    if isinstance(images, np.ndarray):
+    if in_files(images):
         yield from file_batches(split, index.split(128), data, machine)
         return
     normalise = normaliser(data, machine.device)
@@ -458,7 +461,7 @@ def plain_batches(split, index, data, machine):
 def plain_training_images(data, index, machine):
     """(float images, labels) of the training images `index`, neither cropped nor flipped."""
     split = data.train
-    if not isinstance(split.images, np.ndarray):
+    if not in_files(split.images):
         split = Split(split.images[:, :, PAD:-PAD, PAD:-PAD], split.labels)
     return plain_batches(split, index, data, machine)
 
@@ -471,7 +474,7 @@ def file_batches(split, parts, data, machine, seed=None):
     if seed:
         crop = [v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()]
     transform = v2.Compose([*crop, v2.PILToTensor()])
-    enough_shared_memory(machine.workers, max(map(len, parts)))
+    check_shared_memory(machine.workers, max(map(len, parts)))
     normalise = normaliser(data, machine.device)
     loader = torch.utils.data.DataLoader(
         range(len(split.images)), batch_sampler=[part.tolist() for part in parts],
@@ -499,17 +502,18 @@ def decoded(split, transform, seed, index):
     return torch.stack(images), split.labels[index], ""
 
 
-def enough_shared_memory(workers, batch_size):
+def check_shared_memory(workers, batch_size):
     """Raises Refused if /dev/shm, through which workers hand on their batches, is too small for
     them: they would wait for ever. Each has two batches ready, and one is in use."""
     if not workers or not os.path.isdir("/dev/shm"):
         return
-    free = os.statvfs("/dev/shm")
-    free = free.f_bavail * free.f_frsize
+    disk = os.statvfs("/dev/shm")
+    free = disk.f_bavail * disk.f_frsize
     needed = (2 * workers + 1) * batch_size * 3 * 224 * 224
     if free < needed:
-        raise Refused(f"argument --workers: {workers} need {needed >> 20} MB of /dev/shm, where "
-                      f"{free >> 20} MB are free; use --workers 0, or --shm-size in docker")
+        raise Refused(f"argument --workers: {workers} workers need {needed >> 20} MB of "
+                      f"/dev/shm, but {free >> 20} MB are free; use --workers 0, or "
+                      "--shm-size in docker")
 
 
 # ---- data sets -----------------------------------------------------------------------------------
@@ -525,14 +529,14 @@ NO_CLASSES = ("__MACOSX", "@eaDir", "lost+found")       # folders that systems m
 @functools.lru_cache(1)
 def load_data(dataset, data_dir, subset, dry_run, device):
     """A `Data`: of all training images (subset None) or of so many, class-balanced. Raises Refused
-    if the images are not to be had or do not fit each other."""
+    if the images cannot be found or differ in size."""
     images, labels, classes = load_split(dataset, data_dir, True, subset, dry_run)
     test_images, test_labels, _ = load_split(dataset, data_dir, False, None, dry_run)
     side = side_of(images)
     if side != side_of(test_images):
         raise Refused(f"argument --data-dir: {data_dir}: training images have {side} pixels, test "
                       f"images {side_of(test_images)}")
-    if isinstance(images, np.ndarray):
+    if in_files(images):
         names = ["/".join(path.replace("\\", "/").split("/")[-2:]) for path in images]
         content = os.fsencode("".join(names))
         mean, std = IMAGENET_STATISTICS
@@ -552,7 +556,7 @@ def data_for(checkpoint, args, machine):
     recipe = checkpoint["dense"]["recipe"]
     data = load_data(recipe["dataset"], args.data_dir or checkpoint["data_dir"], recipe["subset"],
                      recipe["dry_run"], machine.device)
-    fits(checkpoint, data.classes, data.side)
+    check_fits(checkpoint, data.classes, data.side)
     known = checkpoint["dense"]["data"]
     if data.fingerprint != known:
         say(f"note: other images ({data.fingerprint}) than the dense network was trained on "
@@ -565,12 +569,12 @@ def data_to_test(checkpoint, args, machine):
     recipe = checkpoint["dense"]["recipe"]
     images, labels, classes = load_split(
         recipe["dataset"], args.data_dir or checkpoint["data_dir"], False, None, recipe["dry_run"])
-    fits(checkpoint, len(classes), side_of(images))
+    check_fits(checkpoint, len(classes), side_of(images))
     return Data(None, on_device(images, labels, machine.device), checkpoint["side"],
                 checkpoint["classes"], checkpoint["mean"], checkpoint["std"])
 
 
-def fits(checkpoint, classes, side):
+def check_fits(checkpoint, classes, side):
     """Raises Refused for images of other classes or sizes than a checkpoint's network takes."""
     if (classes, side) != (checkpoint["classes"], checkpoint["side"]):
         raise Refused(f"argument --data-dir: {classes} classes, {side} pixels, but the network was "
@@ -579,14 +583,14 @@ def fits(checkpoint, classes, side):
 
 def on_device(images, labels, device):
     """A `Split`; paths and their labels stay where they are."""
-    if isinstance(images, np.ndarray):
+    if in_files(images):
         return Split(images, labels)
     return Split(images.to(device), labels.to(device))
 
 
 def side_of(images):
     """The pixels a side at which images are shown to the network."""
-    return 224 if isinstance(images, np.ndarray) else images.shape[-1]
+    return 224 if in_files(images) else images.shape[-1]
 
 
 def load_split(dataset, data_dir, training, subset, dry_run):
@@ -598,12 +602,12 @@ def load_split(dataset, data_dir, training, subset, dry_run):
     elif subset is not None:
         chosen = balanced(labels, subset)
         if len(chosen) < subset:
-            raise Refused(f"argument --subset: a class has too few images for {subset} evenly of "
-                          "all")
+            raise Refused(f"argument --subset: a class has too few images for a balanced subset "
+                          f"of {subset}")
     else:
         chosen = slice(None)
     images, labels = images[chosen], torch.from_numpy(labels[chosen])
-    if isinstance(images, np.ndarray) and max(decode(images[0]).size) <= LARGEST_RESIDENT:
+    if in_files(images) and max(decode(images[0]).size) <= LARGEST_RESIDENT:
         images = resident(images)
     return images, labels, classes
 
@@ -618,16 +622,17 @@ def read_split(dataset, data_dir, training):
         try:
             found = getattr(datasets, dataset.upper())(data_dir, training, download=True)
         except (OSError, RuntimeError) as problem:
-            raise Refused(f"argument --data-dir: no {dataset} in {data_dir}, nor a download: "
-                          f"{problem}") from None
+            raise Refused(f"argument --data-dir: {dataset} is not in {data_dir} and cannot be "
+                          f"downloaded: {problem}") from None
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2)
         return images, np.array(found.targets, np.int64), found.classes
     classes = class_folders(os.path.join(data_dir, "train"))
     names = ["train"] if training else ["test", "val"]
     for name in names:
         folder = os.path.join(data_dir, name)
-        found = class_folders(folder)
-        if found and found == (classes or found):        # ImageNet's test/ has no classes: val/
+        found = class_folders(folder)           # none in ImageNet's test/, so val/ is taken
+        fit_training = found == classes or not classes      # --evaluate needs no train/
+        if found and fit_training:
             return *image_files(folder, found), found
     wanted = "train/<class>/*" if training else "test/<class>/* or val/<class>/*"
     raise Refused(f"argument --data-dir: {data_dir} has no {wanted}"
@@ -797,7 +802,7 @@ def keep_memory():
 
 
 def provenance(machine):
-    """What else decides the bits of a result, for the record; taken when a run starts. `commit` is
+    """What else a bitwise result depends on, for the record; taken when a run starts. `commit` is
     that of this code, with -dirty if it was changed since, and empty outside a clone of it."""
     here = os.path.dirname(os.path.abspath(__file__))
     name = f"{machine.device.type}, {torch.backends.cpu.get_cpu_capability()}"
@@ -856,7 +861,8 @@ def parser(doc, files=""):
 def refuse_others(flags, args, name, *used):
     """Ends with argparse's own error if --name would ignore a flag: if it is not among `used`."""
     for action in flags._actions:
-        given = getattr(args, action.dest, action.default) not in (action.default, [])
+        value = getattr(args, action.dest, action.default)
+        given = value != action.default and value != []         # []: no CHECKPOINT
         if given and action.dest not in (name, *used):
             flag = action.option_strings[0] if action.option_strings else action.metavar
             flags.error(f"argument {flag}: --{name} would ignore it")
