@@ -2656,6 +2656,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         train.make_machine(argparse.Namespace(device="cuda", precision="fp32", workers=0))
 
 
+def test_jobs_of_several_processes_are_refused(unusable, monkeypatch):
+    shared = train.Machine(torch.device("cpu"), world=2)
+    monkeypatch.setattr(train, "make_machine", lambda args: shared)
+    refuses(unusable, monkeypatch, "retrain run/dense.pt --jobs 2", "torchrun has started the")
+
+
 @pytest.mark.parametrize("command", ["prune run/dense.pt --method obd", "retrain run/dense.pt",
                                      "train --evaluate run/dense.pt", "retrain --report run"])
 def test_every_script_refuses_a_lone_rank(unusable, monkeypatch, command):
