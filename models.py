@@ -214,7 +214,7 @@ def prunable(network):
     Raises Refused for a network whose filters cannot be removed here: who reads which filter has to
     be known, not guessed."""
     units = []
-    if isinstance(network, CifarResNet) or type(network).__module__ == "torchvision.models.resnet":
+    if isinstance(network, CifarResNet) or from_torchvision(network):
         units = resnet_units(network)
     elif isinstance(network, VGG16):
         units = vgg_units(network)
@@ -228,6 +228,11 @@ def prunable(network):
     return units
 
 
+def from_torchvision(module):
+    """Is it one of the classes of torchvision's ResNets?"""
+    return type(module).__module__ == "torchvision.models.resnet"
+
+
 def resnet_units(network):
     """The first conv of each basic block, the first two of each bottleneck, so that the residual
     stream keeps its width."""
@@ -236,7 +241,7 @@ def resnet_units(network):
     for stage in (1, 2, 3, 4):
         layer = getattr(network, f"layer{stage}", nn.Identity())     # as if cut off
         for place, block in enumerate(layer.children()):
-            if not hasattr(block, "bn2"):
+            if not isinstance(block, BasicBlock) and not from_torchvision(block):
                 return []                               # somebody else's: who reads it?
             name = f"layer{stage}.{place}"
             convs = 3 if hasattr(block, "conv3") else 2
@@ -263,11 +268,12 @@ def vgg_units(network):
 
 
 def cuttable(network, unit):
-    """Is a unit what it looks like? Not with another norm than BN, nor with grouped convs or a
-    Linear that reads several pixels of a filter: these have other columns."""
+    """Is a unit what it looks like? Not with another norm than BN, a conv with a bias, nor with
+    grouped convs or a Linear that reads several pixels of a filter: these have other columns."""
+    conv = network.get_submodule(unit.conv)
     columns = network.get_submodule(unit.reader).weight.shape[1]
     return (isinstance(network.get_submodule(unit.bn), nn.BatchNorm2d)
-            and columns == network.get_submodule(unit.conv).out_channels)
+            and conv.bias is None and columns == conv.out_channels)
 
 
 def shrink(state, units, keep):
@@ -330,13 +336,17 @@ def write(path, data):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     while True:
         temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileNotFoundError):    # swept by a faster process: write it again
-            os.replace(temporary, path)
-            break
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileNotFoundError):    # swept by a faster process: once more
+                os.replace(temporary, path)
+                break
+        except OSError:                                     # the disk is full
+            remove(temporary)
+            raise
     sweep(path)
 
 
@@ -400,7 +410,8 @@ def read(path, key="model"):
         except Exception:         # torch raises a dozen kinds, all with one meaning here
             pass
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise Refused(f"{path}: not a checkpoint of format {FORMAT}, or damaged; write it again")
+        raise Refused(f"{path}: not a checkpoint of format {FORMAT}, or damaged; remove it and run "
+                      "the command that wrote it again")
     if key not in checkpoint:
         raise Refused(f"{path}: has no {key!r}, it is another kind of checkpoint")
     return checkpoint

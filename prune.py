@@ -257,7 +257,7 @@ def shrunk(network, sparsity=0.5, method="magnitude", plan=None, scope="layer", 
            calibration=None):
     """A smaller copy of a network in memory, in eval mode; the network itself is left as it is.
 
-    sparsity     the share of filters to remove, in [0, 1)
+    sparsity     the share of filters to remove, in [0, 1): one, or a list of one for each stage
     method       one of CRITERIA
     plan         in place of sparsity, one of PLANS, as PLANS["resnet56"]["B"]
     scope        as of `keep_filters`
@@ -267,7 +267,8 @@ def shrunk(network, sparsity=0.5, method="magnitude", plan=None, scope="layer", 
     Raises Refused for a network that cannot be cut (see `models.prunable`), and as `saliency`."""
     units = models.prunable(network)
     small = copy.deepcopy(network).eval()
-    keep = choose_filters(small, plan or {"shares": [sparsity]}, method, scope, seed, calibration)
+    shares = list(np.ravel(sparsity))
+    keep = choose_filters(small, plan or {"shares": shares}, method, scope, seed, calibration)
     return models.resize(small, models.shrink(small.state_dict(), units, keep))
 
 
@@ -420,7 +421,8 @@ def folder_of(source):
     folder, name = os.path.split(source)
     if name == "dense.pt":
         return folder
-    return os.path.splitext(source)[0]
+    base, extension = os.path.splitext(source)
+    return base if extension in (".pt", ".pth") else source + ".d"
 
 
 def target_of(source, checkpoint, wanted, out=None):

@@ -177,7 +177,8 @@ def retrain_once(run, checkpoint, args, data, machine):
         retrained = {
             **checkpoint, "model": {n: v.cpu() for n, v in network.state_dict().items()},
             "retraining": {
-                **settings, "curve": curve, "test_accuracy": curve["test_accuracy"][-1],
+                **settings, "test_data": data.test_fingerprint, "curve": curve,
+                "test_accuracy": curve["test_accuracy"][-1],
                 "seconds": round(seconds, 1), **made}}
         models.save(target, retrained)
     row = Path(os.path.splitext(target)[0] + ".json")
@@ -341,17 +342,17 @@ def in_processes(jobs, argv, part, machine):
 
 def read_rows(folders):
     """The rows of all results in `folders` and below: a list of dicts, in the order of their paths.
-    """
+    They are known by their names, see `target_of`."""
     paths = {}
     for folder in folders:
-        for path in Path(folder).rglob("*.json"):
+        if not os.path.isdir(folder):
+            raise Refused(f"argument --report: {folder}: no such folder")
+        for path in Path(folder).rglob("*-t*-s*-????????.json"):
             paths[path.resolve()] = path
     rows = []
     for path in sorted(paths.values()):
         try:
             row = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)   # refuses NaN
-            if not isinstance(row, dict) or "retraining" not in row:
-                continue                                # another program's
             if row["format"] != models.FORMAT or not row["retraining"] or not row["dense"]:
                 raise ValueError
         except (ValueError, RecursionError, KeyError, TypeError):
@@ -472,6 +473,11 @@ def conditions(row):
     found["dense precision"] = row["dense"]["precision"]
     found["images"] = row["retraining"]["data"]
     found["precision"] = row["retraining"]["precision"]
+    if "test_data" in row["retraining"]:                # rows made before it was recorded lack it
+        found["test images"] = row["retraining"]["test_data"]
+    pruning = row.get("pruning", {"method": ""})
+    if pruning["method"] in prune.NEED_IMAGES:
+        found["ranked by"] = f"{pruning['calibration_images']} of {pruning['data']}"
     return found
 
 

@@ -118,7 +118,7 @@ def lr_min(recipe, steps_per_epoch):
 def check_at_least_one(**counts):
     """Raises Refused for a number of epochs or steps below 1."""
     for name, count in counts.items():
-        if count < 1:
+        if not count >= 1:                              # nor nan
             raise Refused(f"{name} must be at least 1, not {count}")
 
 

@@ -472,6 +472,7 @@ def test_a_retraining_schedule_keeps_its_last_value(name, kind):
 
 @pytest.mark.parametrize("epochs, steps, words", [
     (0, 5, "^epochs must be at least 1, not 0$"), (-1, 5, "^epochs .*not -1$"),
+    (math.nan, 5, "^epochs must be at least 1, not nan$"),
     (5, 0, "^steps_per_epoch must be at least 1, not 0$")])
 @pytest.mark.parametrize("name", schedules.SCHEDULES)
 def test_retraining_for_less_than_an_epoch_or_step_is_refused(name, epochs, steps, words):
@@ -831,9 +832,25 @@ def with_group_norm():
     return torchvision.models.resnet18(norm_layer=lambda width: nn.GroupNorm(8, width))
 
 
-def with_another_block():
+def with_another_stage():
     network = torchvision.models.resnet18()
     network.layer4 = nn.Sequential(network.layer4, nn.Conv2d(512, 512, 1))
+    return network
+
+
+class Gated(torchvision.models.resnet.BasicBlock):
+    """Reads its first conv's filters at two places."""
+    def forward(self, x):
+        return super().forward(x) * self.bn1(self.conv1(x)).mean()
+
+
+def with_another_block():
+    return torchvision.models.ResNet(Gated, [2, 2, 2, 2])
+
+
+def with_a_bias():
+    network = torchvision.models.resnet18()
+    network.layer2[1].conv1 = nn.Conv2d(128, 128, 3, padding=1)
     return network
 
 
@@ -845,7 +862,7 @@ def refuses_to_shrink(network):
 @pytest.mark.parametrize("make", [
     torchvision.models.mobilenet_v2, torchvision.models.vgg11_bn, torchvision.models.densenet121,
     torchvision.models.resnext50_32x4d, data_parallel, one_of_ones_own, with_group_norm,
-    with_another_block])
+    with_another_stage, with_another_block, with_a_bias])
 def test_a_network_whose_filters_have_unknown_readers_is_refused(make):
     with torch.device("meta"):
         network = make()
@@ -1295,6 +1312,12 @@ def test_a_criterion_that_cannot_rank_is_refused(method, structure, words):
 
 
 # ---- selection -----------------------------------------------------------------------------------
+
+def test_a_network_is_shrunk_by_a_share_for_each_stage():
+    small = prune.shrunk(on_meta("resnet8"), [0.5, 0.25, 0.75], "random")
+    widths = [small.get_submodule(f"layer{stage}.0.conv1").out_channels for stage in (1, 2, 3)]
+    assert widths == [8, 24, 16]
+
 
 @pytest.mark.parametrize("sparsity", [50, 1, -0.1, math.nan])
 def test_a_sparsity_that_is_no_share_is_refused(sparsity):
@@ -1764,7 +1787,8 @@ def test_cifar_without_a_network_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [".ipynb_checkpoints/a.png", "__MACOSX/a.png", "@eaDir/a.png",
-                                  "a/._1.png", "a/.thumbnails/1.png", "a/notes.txt"])
+                                  "a/._1.png", "a/.thumbnails/1.png", "a/notes.txt",
+                                  "a/__MACOSX/1.png", "b/@eaDir/0.png"])
 def test_folders_may_hold_what_systems_leave_there(tmp_path, name):
     folder_of_images(tmp_path, a=3, b=5)
     path = tmp_path / "train" / name
@@ -1860,6 +1884,15 @@ def test_a_file_name_may_be_any_bytes(tmp_path):
     assert images.shape == (2, 3, 224, 224)
 
 
+def test_shared_memory_for_testing_is_asked_for_before_training(tmp_path, monkeypatch):
+    folder_of_images(tmp_path, 65, a=2)
+    write_images(tmp_path / "test", shape=(65, 65), a=200)
+    asked = []
+    monkeypatch.setattr(train, "check_shared_memory", lambda *given: asked.append(given))
+    batches_of(load(tmp_path))
+    assert asked == [(0, 128)]
+
+
 def test_little_shared_memory_is_refused(monkeypatch):
     """Two workers have two batches ready each, and one batch is in use."""
     free = types.SimpleNamespace(f_bavail=40, f_frsize=2 ** 20)
@@ -1888,6 +1921,11 @@ def change_image(folder):
     shutil.copy(folder / "a/0.png", folder / "a/1.png")
 
 
+def grow_image(folder):
+    with open(folder / "a/1.png", "ab") as file:
+        file.write(b"another byte")
+
+
 def rename_image(folder):
     (folder / "a/1.png").rename(folder / "a/2.png")
 
@@ -1895,11 +1933,22 @@ def rename_image(folder):
 @pytest.mark.parametrize("side, change", [
     pytest.param(8, change_image, id="other pixels"),
     pytest.param(8, move_image, id="other labels"),
+    pytest.param(65, grow_image, id="other sizes of large files"),
     pytest.param(65, rename_image, id="other names of large files")])
 def test_other_images_have_another_fingerprint(tmp_path, side, change):
-    here = load(folder_of_images(tmp_path, side, a=2, b=2)).fingerprint
+    before = load(folder_of_images(tmp_path, side, a=2, b=2))
     change(tmp_path / "train")
-    assert load(tmp_path).fingerprint != here
+    after = load(tmp_path)
+    assert after.fingerprint != before.fingerprint
+    assert after.test_fingerprint == before.test_fingerprint
+
+
+def test_other_test_images_have_another_fingerprint(tmp_path):
+    before = load(folder_of_images(tmp_path, a=2, b=2))
+    change_image(tmp_path / "test")
+    after = load(tmp_path)
+    assert after.fingerprint == before.fingerprint
+    assert after.test_fingerprint != before.test_fingerprint
 
 
 PRUNE = "prune run/dense.pt --method random"
@@ -1909,12 +1958,23 @@ RETRAIN = ("retrain run/filters-magnitude-0.5.pt --schedule finetune --epochs 1 
 
 @pytest.mark.parametrize("command", [
     pytest.param(PRUNE + " --data-dir other", id="prune"), pytest.param(RETRAIN, id="retrain")])
-def test_other_images_than_the_dense_runs_are_one_note(workspace, command):
-    known = models.read("run/dense.pt")["dense"]["data"]
+def test_other_images_than_the_dense_runs_are_noted(workspace, command):
+    dense = models.read("run/dense.pt")["dense"]
+    other = load("other")
     out = ok(command)
-    assert out.count("note: ") == 1
-    assert (f"note: other images ({load('other').fingerprint}) than the dense network was trained "
-            f"on ({known})\n") in out
+    assert out.count("note: ") == 2
+    assert (f"note: other images ({other.fingerprint}) than the dense network was trained on "
+            f"({dense['data']})\n") in out
+    assert (f"note: other test images ({other.test_fingerprint}) than the dense network was tested "
+            f"with ({dense['test_data']})\n") in out
+
+
+def test_a_dense_run_that_is_done_notes_other_test_images(workspace):
+    change_image(workspace / "data/test")
+    train.load_data.cache_clear()
+    out = ok(DENSE)
+    assert out.startswith("note: other test images (")
+    assert ": done already, " in out
 
 
 @pytest.mark.parametrize("command, made, key", [
@@ -2426,6 +2486,7 @@ def test_recipes_are_the_published_ones(monkeypatch, dataset, epochs, batch, dro
     ("--milestones 2 3 --epochs 4", 4, [2, 3]),
     ("--schedule cosine", 26, []),
     ("--epochs 0 --pretrained net.pth", 26, [13, 23]),
+    ("--dry-run --epochs 100 --milestones 1 80", 2, [1]),
     ("--dry-run", 2, [1])])
 def test_drops_move_with_the_epochs(monkeypatch, flags, epochs, drops):
     recipe = recipe_of(monkeypatch, f"train {flags}")
@@ -2499,6 +2560,7 @@ def unusable(study, tmp_path_factory):
     bad("train --arch resnet2", "unknown network 'resnet2'; known: resnet8"),
     bad("train --arch resnet9", "unknown network"),
     bad("train --arch resnet08", "unknown network"),
+    bad("train --data-dir data", "--data-dir: shapes are generated"),
     bad("train --milestones 8 26", "must ascend, below the epochs of the run (26)"),
     bad("train --milestones 8 8", "must ascend"),
     bad("train --milestones 12 8", "must ascend"),
@@ -2590,7 +2652,7 @@ def test_prune_refuses_in_one_line(unusable, monkeypatch, command, message):
     bad("retrain --schedule slr --end-lr 1", "slr would ignore it; it is for finetune"),
     bad("retrain --schedule slr linear --no-cycle-momentum", "it is for one_cycle"),
     bad("retrain --report data", "no finished runs there"),
-    bad("retrain --report nowhere", "no finished runs there"),
+    bad("retrain --report nowhere", "--report: nowhere: no such folder"),
     bad("retrain --report run --lr 1", "--report would ignore it")])
 def test_retrain_refuses_in_one_line(unusable, monkeypatch, command, message):
     refuses(unusable, monkeypatch, command, message)
@@ -2641,7 +2703,8 @@ TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "l
     pytest.param({"WORLD_SIZE": "2"}, "without RANK LOCAL_RANK MASTER_ADDR MASTER_PORT: start with "
                  "torchrun or unset them", id="no rank"),
     pytest.param(TORCHRUN | {"RANK": "2"}, "RANK=2 of WORLD_SIZE=2, without more", id="too large"),
-    pytest.param(TORCHRUN | {"MASTER_PORT": ""}, "without MASTER_PORT: start", id="no port")])
+    pytest.param(TORCHRUN | {"MASTER_PORT": ""}, "without MASTER_PORT: start", id="no port"),
+    pytest.param(TORCHRUN | {"MASTER_PORT": "abc"}, "MASTER_ADDR, MASTER_PORT: ", id="bad port")])
 def test_half_an_environment_of_torchrun_is_refused(unusable, monkeypatch, environment, message):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -2730,6 +2793,23 @@ def test_names_in_pth_keep_their_letters(workspace):
     found = sorted(os.listdir("run/net"))
     assert found[0] == "filters-magnitude-0.5.pt"
     assert found[1].startswith("finetune-t1-s0-")
+
+
+@pytest.mark.parametrize("name", ["net", "net-0.5", "my.dense.ptx"])
+def test_what_is_made_from_a_file_without_pt_has_a_folder(workspace, name):
+    shutil.copy("run/filters-magnitude-0.5.pt", name)
+    ok(f"retrain {name} --schedule finetune --epochs 1 --seed 0 --jobs 1")
+    made = sorted(os.listdir(f"{name}.d"))
+    assert len(made) == 2
+    assert made[0].startswith("finetune-t1-s0-")
+
+
+def test_stderr_may_be_closed(workspace, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(SystemExit) as end:
+        train.command(lambda: train.main(["--evaluate", "none.pt"]))
+    assert end.value.code == 2
+    assert sys.stderr.writable()
 
 
 @pytest.mark.parametrize("stdout", [
@@ -3217,9 +3297,14 @@ def test_processes_divide_a_share(children):
     assert sorted(taken) == numbers[1::3]
 
 
+SEE_ABOVE = (b"retrain.py: error: some runs failed, see above; "
+             b"run the same command again to retry them\n")
+
+
 @pytest.mark.parametrize("says, status, failed, warnings", [
     pytest.param(b"", 0, [], "", id="succeeds"),
-    pytest.param(b"x.pt slr: No space\n", 2, 2 * ["x.pt slr: No space"], "", id="fails"),
+    pytest.param(b"x.pt slr: No space\n" + SEE_ABOVE, 2, 2 * ["x.pt slr: No space"], "",
+                 id="fails"),
     pytest.param(b"", -9, 2 * ["a process ended with status -9"], "", id="killed"),
     pytest.param(b"a warning\n", 0, [], 2 * "a warning\n", id="warns")])
 def test_what_processes_say_of_failures(children, capsys, says, status, failed, warnings):
@@ -3270,8 +3355,8 @@ def damaged(text, kind):
     pytest.param(lambda text: damaged(text, "infinite"), id="infinite")])
 def test_what_is_no_row_is_refused(dry, tmp_path, change):
     real = next(dry.glob("*.json"))
-    shutil.copy(real, tmp_path / "real.json")
-    path = tmp_path / "below/other.json"
+    shutil.copy(real, tmp_path)
+    path = tmp_path / "below" / real.name
     path.parent.mkdir()
     path.write_bytes(change(real.read_bytes()))
     status, _, err = run("retrain --report", tmp_path)
@@ -3279,7 +3364,7 @@ def test_what_is_no_row_is_refused(dry, tmp_path, change):
     assert err.endswith(f": error: {path}: not a result row of format 3; remove it\n")
 
 
-@pytest.mark.parametrize("text", ["[]", '{"name": "package", "version": "1.0"}'])
+@pytest.mark.parametrize("text", ["[]", '{"loss": NaN}', "// settings", ""])
 def test_json_of_other_programs_is_passed_over(dry, tmp_path, text):
     real = next(dry.glob("*.json"))
     shutil.copy(real, tmp_path)
@@ -3613,6 +3698,33 @@ def test_results_of_networks_pruned_otherwise_are_not_averaged(row):
         retrain.report([row("slr", [80.0]), other])
 
 
+@pytest.mark.parametrize("key, name, heading", [
+    ("retraining", "test_data", "test images b"),
+    ("pruning", "calibration_images", "ranked by b of c"),
+    ("pruning", "data", "ranked by a of b")])
+def test_other_images_have_a_table_of_their_own(row, key, name, heading):
+    rows = []
+    for seed, value in enumerate("ab"):
+        made = row("slr", [80.0], seed)
+        made["retraining"]["test_data"] = "a"
+        made["pruning"].update(method="taylor", calibration_images="a", data="a")
+        if name == "calibration_images":
+            made["pruning"]["data"] = "c"
+        made[key][name] = value
+        rows.append(made)
+    text = retrain.report(rows)
+    assert f"| resnet8 on shapes, {heading}, pruned: filters 0.5 |" in text
+    assert "n=2" not in text
+
+
+def test_rows_without_a_record_of_their_test_images_stay_together(row):
+    old = row("slr", [80.0], 0)
+    new = row("slr", [80.0], 1)
+    old["retraining"].pop("test_data", None)
+    new["retraining"]["test_data"] = "a"
+    assert "| `slr` | 80.00 ± 0.00 (-10.00, n=2) |" in reported([old, new])
+
+
 def test_a_pruning_seed_that_changes_nothing_makes_no_repetition(row):
     again = row("slr", [80.0])
     again["pruning"]["seed"] = 1
@@ -3794,7 +3906,8 @@ def refused(data):
     """Is a file with this content refused, in one line?"""
     Path("x.pt").write_bytes(data)
     status, out, err = run("train --evaluate x.pt")
-    said = "error: x.pt: not a checkpoint of format 3, or damaged; write it again\n"
+    said = "error: x.pt: not a checkpoint of format 3, or damaged; remove it and run the command "
+    said += "that wrote it again\n"
     return (status, out) == (2, "") and err.count("\n") == 1 and err.endswith(said)
 
 
@@ -3866,6 +3979,15 @@ def test_a_writer_whose_temporary_file_was_swept_tries_again(tmp_path, monkeypat
     models.write(tmp_path / "x", b"whole")
     assert os.listdir(tmp_path) == ["x"]
     assert (tmp_path / "x").read_bytes() == b"whole"
+
+
+def test_a_file_that_does_not_fit_the_disk_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(b"old")
+    at_call(monkeypatch, os, "fsync", 0, disk_full)
+    with pytest.raises(OSError, match="No space"):
+        models.write(tmp_path / "x", b"whole")
+    assert os.listdir(tmp_path) == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"old"
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
@@ -4061,20 +4183,6 @@ def test_when_the_parent_is_terminated_all_end(undisturbed, workspace, two_at_wo
     assert made_in(workspace) < 4
     ok(f"{FOUR_RUNS} --jobs 1")
     assert results(workspace) == undisturbed(f"{FOUR_RUNS} --jobs 1")
-
-
-@pytest.mark.slow
-def test_what_fails_in_a_child_is_said_once(workspace):
-    command = "retrain run/filters-magnitude-0.5.pt --schedule finetune --epochs 1 --seed 0 1"
-    ok(f"{command} --jobs 1")
-    path = min(workspace.rglob("*-t1-*.pt"))
-    path.unlink()
-    path.mkdir()
-    status, _, err = run(f"{command} --jobs 2")
-    failed, last = err.splitlines()
-    assert status == 2
-    assert f": {path.relative_to(workspace)}: no such checkpoint" in failed
-    assert last.endswith("run the same command again to retry them")
 
 
 @pytest.mark.slow
@@ -4331,7 +4439,7 @@ def test_readme_command_is_a_command_line(tmp_path, monkeypatch, command):
     status, _, err = run(command)
     if command.split()[0] != "schedules":
         assert status == 2
-        assert re.search("No space|no such checkpoint|no pruned|no finished", err)
+        assert re.search("No space|no such checkpoint|no pruned|no finished|no such folder", err)
 
 
 def fails(*_):

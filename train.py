@@ -72,6 +72,8 @@ def milestones(given, base, recipe):
     if given is not None:
         if recipe["schedule"] != "step" and given:
             raise Refused("argument --milestones: belongs to --schedule step")
+        if recipe["dry_run"]:
+            given = [m for m in given if m < total]
         if given != sorted({m for m in given if m < total}):
             raise Refused("argument --milestones: must ascend, below the epochs of the run "
                           f"({total})")
@@ -297,7 +299,9 @@ def train(args, machine):
     with torch.device("meta"):
         models.build(args.arch, 10, seed=None)       # refuses unknown names before data are loaded
     made = provenance(machine)
-    data_dir = "" if args.dataset == "shapes" else os.path.abspath(args.data_dir or "data")
+    data_dir = args.data_dir or ("" if args.dataset == "shapes" else "data")
+    if data_dir:
+        data_dir = os.path.abspath(data_dir)
     data = load_data(args.dataset, data_dir, recipe["subset"], recipe["dry_run"], machine.device)
     settings = run_settings(recipe, args.arch, machine.precision, data.fingerprint,
                             args.epochs != 0)
@@ -307,6 +311,7 @@ def train(args, machine):
         trained = bool(dense["curve"]["epoch"])
         check_same_run(settings, run_settings(dense["recipe"], done["arch"], dense["precision"],
                                         dense["data"], trained), target)
+        note_other_images(dense, data)
         models.tidy(target)
         say(f"{target}: done already, test {dense['test_accuracy']:.2f} %")
         return
@@ -333,7 +338,8 @@ def train(args, machine):
         "arch": args.arch, "classes": data.classes, "side": data.side, "mean": data.mean,
         "std": data.std, "data_dir": data_dir, "model": model,
         "dense": {
-            "recipe": recipe, "data": data.fingerprint, "precision": machine.precision,
+            "recipe": recipe, "data": data.fingerprint, "test_data": data.test_fingerprint,
+            "precision": machine.precision,
             "digest": models.digest(model), "curve": curve, "test_accuracy": accuracy,
             "params": parameters, "macs": macs, "seconds": round(seconds, 1), **made}})
     models.tidy(target)
@@ -374,9 +380,11 @@ class Data(NamedTuple):
     classes: int
     mean: list
     std: list
-    fingerprint: str = ""
+    fingerprint: str = ""       # of the training images
+    test_fingerprint: str = ""
 
 
+FILES_AT_ONCE = 128     # to test large images
 PAD = 4             # black border around small images, out of which the crop is drawn
 
 
@@ -451,7 +459,7 @@ def plain_batches(split, index, data, machine):
     """(float images, labels) of the images `index` of a split, as they are."""
     images, labels = split
     if in_files(images):
-        yield from file_batches(split, index.split(128), data, machine)
+        yield from file_batches(split, index.split(FILES_AT_ONCE), data, machine)
         return
     normalise = normaliser(data, machine.device)
     for part in index.to(machine.device).split(1000):
@@ -474,7 +482,8 @@ def file_batches(split, parts, data, machine, seed=None):
     if seed:
         crop = [v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()]
     transform = v2.Compose([*crop, v2.PILToTensor()])
-    check_shared_memory(machine.workers, max(map(len, parts)))
+    testing = min(FILES_AT_ONCE, len(data.test.labels))      # refused now, not after an epoch
+    check_shared_memory(machine.workers, max(testing, *map(len, parts)))
     normalise = normaliser(data, machine.device)
     loader = torch.utils.data.DataLoader(
         range(len(split.images)), batch_sampler=[part.tolist() for part in parts],
@@ -537,17 +546,34 @@ def load_data(dataset, data_dir, subset, dry_run, device):
         raise Refused(f"argument --data-dir: {data_dir}: training images have {side} pixels, test "
                       f"images {side_of(test_images)}")
     if in_files(images):
-        names = ["/".join(path.replace("\\", "/").split("/")[-2:]) for path in images]
-        content = os.fsencode("".join(names))
         mean, std = IMAGENET_STATISTICS
     else:
         mean, std = CIFAR_STATISTICS if "cifar" in dataset else statistics_of(images)
         images = F.pad(images, (PAD,) * 4)
+    count = len(classes)
+    return Data(on_device(images, labels, device), on_device(test_images, test_labels, device),
+                side, count, mean, std, fingerprint(images, labels, count, side),
+                fingerprint(test_images, test_labels, count, side))
+
+
+def fingerprint(images, labels, classes, side):
+    """What identifies the images of a split, in words and a hash: of the pixels, or of the names of
+    all files and the sizes of 10,000 at most."""
+    if in_files(images):
+        names = ["/".join(path.replace("\\", "/").split("/")[-2:]) for path in images]
+        sizes = [file_size(path) for path in images[::1 + len(images) // 10_000]]
+        content = os.fsencode("".join(names)) + str(sizes).encode()
+    else:
         content = images.numpy().tobytes()
     digest = hashlib.sha256(labels.numpy().tobytes() + content).hexdigest()[:8]
-    return Data(on_device(images, labels, device), on_device(test_images, test_labels, device),
-                side, len(classes), mean, std,
-                f"{len(labels)} images, {len(classes)} classes, {side} pixels, {digest}")
+    return f"{len(labels)} images, {classes} classes, {side} pixels, {digest}"
+
+
+def file_size(path):
+    try:
+        return os.path.getsize(path)
+    except OSError as problem:
+        raise Refused(f"{path}: not a readable image ({type(problem).__name__})") from None
 
 
 def data_for(checkpoint, args, machine):
@@ -557,11 +583,18 @@ def data_for(checkpoint, args, machine):
     data = load_data(recipe["dataset"], args.data_dir or checkpoint["data_dir"], recipe["subset"],
                      recipe["dry_run"], machine.device)
     check_fits(checkpoint, data.classes, data.side)
-    known = checkpoint["dense"]["data"]
-    if data.fingerprint != known:
-        say(f"note: other images ({data.fingerprint}) than the dense network was trained on "
-            f"({known})")
+    note_other_images(checkpoint["dense"], data)
     return data._replace(mean=checkpoint["mean"], std=checkpoint["std"])
+
+
+def note_other_images(dense, data):
+    """Say so if the images are not those that a dense network was trained on or tested with."""
+    if data.fingerprint != dense["data"]:
+        say(f"note: other images ({data.fingerprint}) than the dense network was trained on "
+            f"({dense['data']})")
+    if data.test_fingerprint != dense.get("test_data", data.test_fingerprint):
+        say(f"note: other test images ({data.test_fingerprint}) than the dense network was tested "
+            f"with ({dense['test_data']})")
 
 
 def data_to_test(checkpoint, args, machine):
@@ -615,6 +648,9 @@ def load_split(dataset, data_dir, training, subset, dry_run):
 def read_split(dataset, data_dir, training):
     """As `load_split`, of all images, small files not yet decoded; labels are a numpy array."""
     if dataset == "shapes":
+        if data_dir:
+            raise Refused("argument --data-dir: shapes are generated; for images of your own, "
+                          "train.py --dataset folder")
         images, labels = shapes(3000, 0) if training else shapes(2000, 1)
         return images, labels.numpy(), list(range(10))
     if dataset in ("cifar10", "cifar100"):
@@ -653,7 +689,8 @@ def image_files(folder, classes):
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     def shown(path):
-        hidden = "/." in path[len(folder):].replace("\\", "/")
+        parts = path[len(folder):].replace("\\", "/").split("/")
+        hidden = any(part.startswith(".") or part in NO_CLASSES for part in parts)
         return path.lower().endswith(IMG_EXTENSIONS) and not hidden
     try:
         found = make_dataset(folder, {name: i for i, name in enumerate(classes)}, None, shown)
@@ -769,7 +806,10 @@ def make_machine(args):
     torch.backends.cudnn.benchmark = cuda
     torch.backends.cudnn.allow_tf32 = False                 # fp32 is fp32: torch's default is tf32
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        try:
+            torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        except (ValueError, RuntimeError) as problem:           # the port is taken, or is none
+            raise Refused(f"environment: MASTER_ADDR, MASTER_PORT: {problem}") from None
     precision = args.precision
     if precision is None:
         fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -871,8 +911,10 @@ def refuse_others(flags, args, name, *used):
 def command(main):
     """Run `main()`. Unusable input, or a failing disk, is one line and status 2; Ctrl-C and SIGTERM
     are 130."""
-    if sys.stdout is None:                                  # closed (>&-): files must not take it
+    if sys.stdout is None:                      # closed (>&-): files must not take its number
         sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")   # a file's name may be any bytes
     signal.signal(signal.SIGTERM, signal.default_int_handler)
