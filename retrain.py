@@ -871,6 +871,19 @@ def part_of(text):
 part_of.__name__ = "share i/N, i from 0 to N-1,"
 
 
+def check(args, flags):
+    """Ends with argparse's own error for flags that would be ignored."""
+    asked = args.schedule or DEFAULT
+    for option in ("lr", "end_lr", "cycle_momentum"):
+        users = [name for name, (_, options) in SCHEDULES.items() if option in options]
+        given = getattr(args, option) != flags.get_default(option)
+        if given and not set(users) & set(asked):
+            flags.error(f"argument --{option.replace('_', '-')}: {' '.join(asked)} would ignore "
+                        f"it; it is for {', '.join(users)}")
+    if args.dry_run and args.checkpoint:
+        flags.error("argument --dry-run: retrains what train.py --dry-run led to; name no file")
+
+
 def main(argv=None):
     argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     flags, run, method = train.parser(__doc__, "[CHECKPOINT ...] ")
@@ -898,15 +911,7 @@ def main(argv=None):
     add("--rounds", type=number(int, 1), default=1, metavar="K",
         help="K retrainings, pruning by as much again in between (default 1)")
     args = flags.parse_args(argv)
-    asked = args.schedule or DEFAULT
-    for option in ("lr", "end_lr", "cycle_momentum"):
-        users = [name for name, (_, options) in SCHEDULES.items() if option in options]
-        given = getattr(args, option) != flags.get_default(option)
-        if given and not set(users) & set(asked):
-            flags.error(f"argument --{option.replace('_', '-')}: {' '.join(asked)} would ignore "
-                        f"it; it is for {', '.join(users)}")
-    if args.dry_run and args.checkpoint:
-        flags.error("argument --dry-run: retrains what train.py --dry-run led to; name no file")
+    check(args, flags)
     if args.report:
         train.processes()               # refuses half an environment of torchrun
         train.refuse_others(flags, args, "report", "chart")
