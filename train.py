@@ -544,7 +544,8 @@ def load_data(dataset, data_dir, subset, dry_run, device):
     side = side_of(images)
     if side != side_of(test_images):
         raise Refused(f"argument --data-dir: {data_dir}: training images have {side} pixels, test "
-                      f"images {side_of(test_images)}")
+                      f"images {side_of(test_images)} (224: the first one is larger than "
+                      f"{LARGEST_RESIDENT})")
     if in_files(images):
         mean, std = IMAGENET_STATISTICS
     else:
