@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from schedules import Refused
 
 FORMAT = 3                                                  # of checkpoints and of result rows
-TORCHVISION = ("resnet18", "resnet34", "resnet50")             # torchvision's
+TORCHVISION = ("resnet18", "resnet34", "resnet50")          # its networks, in ImageNet's layout
 
 
 # ---- networks ------------------------------------------------------------------------------------

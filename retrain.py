@@ -100,9 +100,7 @@ def rewound(source, budget, checkpoint):
         raise Refused(f"argument --schedule: weight_rewind with {budget} epochs needs {wanted} "
                       f"of the dense run, beside {source} or above; there is {there}")
     snapshot = models.read(path, "momentum")
-    dense = checkpoint["dense"]
-    train.check_same_run(train.run_settings(recipe, checkpoint["arch"], dense["precision"],
-                                      dense["data"]), snapshot["settings"], path)
+    train.check_same_run(train.recorded_settings(checkpoint), snapshot["settings"], path)
     return snapshot["model"], snapshot["momentum"]
 
 

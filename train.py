@@ -307,13 +307,10 @@ def train(args, machine):
                             args.epochs != 0)
     if os.path.exists(target):
         done = models.read(target, "dense")
-        dense = done["dense"]
-        trained = bool(dense["curve"]["epoch"])
-        check_same_run(settings, run_settings(dense["recipe"], done["arch"], dense["precision"],
-                                        dense["data"], trained), target)
-        note_other_images(dense, data)
+        check_same_run(settings, recorded_settings(done), target)
+        note_other_images(done["dense"], data)
         models.tidy(target)
-        say(f"{target}: done already, test {dense['test_accuracy']:.2f} %")
+        say(f"{target}: done already, test {done['dense']['test_accuracy']:.2f} %")
         return
     network = models.build(args.arch, data.classes, args.seed, recipe["pretrained"])
     try:
@@ -352,10 +349,17 @@ def default_folder(dataset="shapes", arch="resnet8", seed=0, dry_run=False):
     return f"runs/{dataset}-{arch}-s{seed}" + ("-dry" if dry_run else "")
 
 
-def run_settings(recipe, arch, precision, fingerprint, trained=True):
+def run_settings(recipe, arch, precision, fingerprint, trained):
     """All that defines a dense run, as one dict of plain values; trained: not with --epochs 0."""
     return {**recipe, "arch": arch, "precision": precision, "data": fingerprint,
             "trained": trained}
+
+
+def recorded_settings(checkpoint):
+    """`run_settings` of the dense run that a checkpoint comes from."""
+    dense = checkpoint["dense"]
+    return run_settings(dense["recipe"], checkpoint["arch"], dense["precision"], dense["data"],
+                        bool(dense["curve"]["epoch"]))
 
 
 # ---- batches -------------------------------------------------------------------------------------
