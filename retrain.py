@@ -89,7 +89,11 @@ def rewound(source, budget, checkpoint):
     if epoch == 0:
         network = models.build(checkpoint["arch"], checkpoint["classes"], recipe["seed"],
                                recipe["pretrained"])
-        return network.state_dict(), {}
+        model = network.state_dict()
+        if "weights" in recipe and models.digest(model) != recipe["weights"]:
+            raise Refused(f"{recipe['pretrained']}: holds other weights than the dense run of "
+                          f"{source} started from; put that file back")
+        return model, {}
     path = snapshot_of(source, epoch)
     if not path:
         wanted = os.path.basename(train.snapshot_path("", epoch))
@@ -163,15 +167,14 @@ def retrain_once(run, checkpoint, args, data, machine):
         accuracy = retrained["retraining"]["test_accuracy"]
         train.say(f"{target}: done already, test {accuracy:.2f} %")
     else:
-        made = train.provenance(machine)
         network, momentum, masks = start(run, checkpoint)
         pruning = checkpoint.get("pruning", {"distance": 0.0, "removed": 0.0})
         schedule = schedules.retrain(
             run.schedule, settings["epochs"], len(train.batch_slices(data, settings, machine)),
             checkpoint["dense"]["recipe"], settings["lr"], settings["end_lr"],
             settings["cycle_momentum"], pruning["distance"], pruning["removed"])
-        curve, seconds = train.fit(network, data, schedule, settings, machine, target, masks,
-                                   momentum, label=os.path.splitext(target)[0])
+        curve, seconds, made = train.fit(network, data, schedule, settings, machine, target, masks,
+                                         momentum, label=os.path.splitext(target)[0])
         retrained = {
             **checkpoint, "model": {n: v.cpu() for n, v in network.state_dict().items()},
             "retraining": {

@@ -2030,7 +2030,7 @@ def test_images_that_do_not_fit_the_network_are_refused(workspace, command, what
 def fitted(network, data, schedule, epochs, folder, machine=CPU, **more):
     """The curve of `train.fit` in batches of 8."""
     settings = {"epochs": epochs, "batch_size": 8, "weight_decay": 5e-4, "seed": 0}
-    curve, _ = train.fit(network, data, schedule, settings, machine, f"{folder}/net.pt", **more)
+    curve, *_ = train.fit(network, data, schedule, settings, machine, f"{folder}/net.pt", **more)
     return curve
 
 
@@ -2156,6 +2156,28 @@ def test_a_dense_run_resumes_bitwise(workspace, monkeypatch):
     assert again["dense"]["curve"] == whole["dense"]["curve"]
     assert again["dense"]["digest"] == models.digest(again["model"]) == whole["dense"]["digest"]
     assert not os.path.exists("run/dense.state.pt")
+
+
+def test_a_run_that_changes_machines_says_so(workspace, monkeypatch):
+    first = {"device": "cpu, AVX2", "threads": 1, "torch": "2.6.0", "commit": "abc1234"}
+    second = {**first, "device": "cpu, AVX512", "threads": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "provenance", lambda machine: first)
+        at_call(patch, train, "train_step", 9, loss_of_nan)
+        assert run(f"{DENSE} --out new")[0] == 2
+    monkeypatch.setattr(train, "provenance", lambda machine: second)
+    ok(f"{DENSE} --out new")
+    dense = models.read("new/dense.pt")["dense"]
+    assert {key: dense[key] for key in first} == {
+        "device": "cpu, AVX2, then cpu, AVX512", "threads": "1, then 2", "torch": "2.6.0",
+        "commit": "abc1234"}
+
+
+def test_the_machines_of_many_sessions_are_listed_in_turn():
+    found = {"threads": 1}
+    for threads in (1, 2, 2, 12, 1):
+        found = train.in_turn(found, {"threads": threads})
+    assert found == {"threads": "1, then 2, then 12, then 1"}
 
 
 def test_a_masked_run_resumes_bitwise(tmp_path):
@@ -2843,7 +2865,7 @@ def test_the_commit_is_that_when_the_run_started(workspace, monkeypatch, command
     def commit_first(real, *args, **named):
         del commits[0]
         return real(*args, **named)
-    at_call(monkeypatch, train, "fit", 0, commit_first)
+    at_call(monkeypatch, train, "train_step", 0, commit_first)
     ok(command)
     path, = workspace.glob(files)
     assert commits == ["after"]
@@ -2896,6 +2918,26 @@ def test_weights_of_other_code_become_a_dense_checkpoint(theirs):
     checkpoint = models.read("theirs/dense.pt")
     assert checkpoint["dense"]["test_accuracy"] == accuracy_on(theirs, "data/test", checkpoint)
     assert models.digest(checkpoint["model"]) == models.digest(theirs.state_dict())
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_replaced_file_of_weights_is_not_done_already(theirs, epochs):
+    command = f"{THEIRS} --epochs {epochs}"
+    ok(command)
+    torch.save(models.build("resnet8", 2, seed=7).state_dict(), "theirs.pth")
+    status, _, err = run(command)
+    assert status == 2
+    assert "theirs/dense.pt: belongs to another run, with another weights" in err
+
+
+def test_weights_of_a_replaced_file_are_not_rewound_to(theirs):
+    ok(f"{THEIRS} --epochs 1")
+    ok("prune theirs/dense.pt --method magnitude")
+    torch.save(models.build("resnet8", 2, seed=7).state_dict(), "theirs.pth")
+    command = "retrain theirs/filters-magnitude-0.5.pt --schedule weight_rewind --epochs 1"
+    status, _, err = run(command)
+    assert status == 2
+    assert "theirs.pth: holds other weights than the dense run" in err
 
 
 def test_weights_of_other_code_can_be_pruned_and_retrained(theirs, workspace):

@@ -120,11 +120,12 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
     keep      after these epochs the state is also kept beside `path`, for weight rewinding
     label     printed behind each epoch
 
-    Returns (curve, seconds): a dict of lists, a value for each epoch (CURVE; accuracies in percent,
-    lr of the epoch's first step), and the time. Raises Refused on a loss or weights that are not
-    finite and on a state of another run."""
+    Returns (curve, seconds, made): a dict of lists, a value for each epoch (CURVE; accuracies in
+    percent, lr of the epoch's first step), the time, and where it was made (`provenance`). Raises
+    Refused on a loss or weights that are not finite and on a state of another run."""
     state_file = models.state_path(path)
     curve, seconds = {key: [] for key in CURVE}, 0.0
+    made = provenance(machine)
     state = models.read_state(state_file)
     if state:
         check_same_run(settings, state["settings"], state_file)
@@ -132,6 +133,7 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
         momentum = state["momentum"]
         curve = state["curve"]
         seconds = state["seconds"]
+        made = in_turn(state.get("made", made), made)   # older states lack it
         say(describe(curve, seconds, settings["epochs"]), label)
     network.to(machine.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(network, settings["weight_decay"], momentum)
@@ -157,13 +159,13 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
         for key, value in point.items():
             curve[key].append(value)
         seconds += time.perf_counter() - began
-        state = {"settings": settings, "curve": curve, "seconds": seconds,
+        state = {"settings": settings, "curve": curve, "seconds": seconds, "made": made,
                  "model": network.state_dict(), "momentum": buffers(optimizer, network)}
         if epoch + 1 in keep:
             models.save(snapshot_path(os.path.dirname(path), epoch + 1), state)
         models.save(state_file, state)
         say(describe(curve, seconds, settings["epochs"]), label)
-    return curve, seconds
+    return curve, seconds, made
 
 
 def train_step(forward, optimizer, x, y, lr_and_momentum, machine, pinned=None):
@@ -298,11 +300,13 @@ def train(args, machine):
     target = os.path.join(folder, "dense.pt")
     with torch.device("meta"):
         models.build(args.arch, 10, seed=None)       # refuses unknown names before data are loaded
-    made = provenance(machine)
     data_dir = args.data_dir or ("" if args.dataset == "shapes" else "data")
     if data_dir:
         data_dir = os.path.abspath(data_dir)
     data = load_data(args.dataset, data_dir, recipe["subset"], recipe["dry_run"], machine.device)
+    network = models.build(args.arch, data.classes, args.seed, recipe["pretrained"])
+    if recipe["pretrained"] not in (None, "torchvision"):
+        recipe["weights"] = models.digest(network.state_dict())     # the file may be replaced
     settings = run_settings(recipe, args.arch, machine.precision, data.fingerprint,
                             args.epochs != 0)
     if os.path.exists(target):
@@ -312,7 +316,6 @@ def train(args, machine):
         models.tidy(target)
         say(f"{target}: done already, test {done['dense']['test_accuracy']:.2f} %")
         return
-    network = models.build(args.arch, data.classes, args.seed, recipe["pretrained"])
     try:
         parameters, macs = models.count(network, data.side)
     except RuntimeError:
@@ -322,13 +325,13 @@ def train(args, machine):
         f"{parameters:,} parameters, {macs:,} MACs; {recipe['epochs']} epochs, x0.1 at "
         f"{recipe['milestones']}; {machine.device}, {machine.precision}")
     if args.epochs == 0:
-        curve, seconds = {key: [] for key in CURVE}, 0.0
+        curve, seconds, made = {key: [] for key in CURVE}, 0.0, provenance(machine)
         accuracy = evaluate(network.to(machine.device), data, machine)
     else:
         os.makedirs(folder, exist_ok=True)      # fails now, not after the first epoch
         schedule = schedules.dense(recipe, len(batch_slices(data, recipe, machine)))
-        curve, seconds = fit(network, data, schedule, settings, machine, target,
-                             keep=snapshot_epochs(recipe))
+        curve, seconds, made = fit(network, data, schedule, settings, machine, target,
+                                   keep=snapshot_epochs(recipe))
         accuracy = curve["test_accuracy"][-1]
     model = network.state_dict()
     models.save(target, {
@@ -859,6 +862,16 @@ def provenance(machine):
         commit = git(here, "describe", "--always", "--dirty", "--exclude", "*")
     return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__),
             "commit": commit}
+
+
+def in_turn(earlier, now):
+    """The `provenance` of a run that was resumed: where two sessions differ, one after the other."""
+    found = {}
+    for key, value in now.items():
+        found[key] = earlier[key]
+        if str(earlier[key]).split(", then ")[-1] != str(value):
+            found[key] = f"{earlier[key]}, then {value}"
+    return found
 
 
 def git(folder, *words):
