@@ -109,10 +109,9 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
     """Train `network` in place: the one loop, for dense training and every retraining.
 
     network   in the layout that its parameters have; is moved to the device
-    data      a `Data`
+    data      a `Data`; machine: a `Machine`
     schedule  a function step -> (lr, momentum)
     settings  plain values that define the run; used here: epochs, batch_size, weight_decay, seed
-    machine   a `Machine`
     path      the checkpoint that the caller will write; the state lies beside it after each epoch
               (`models.state_path`), and the run resumes from it if it is there
     masks     {weight name: bool tensor}; where False, the weight stays exactly 0
@@ -124,8 +123,7 @@ def fit(network, data, schedule, settings, machine, path, masks=None, momentum=N
     percent, lr of the epoch's first step), the time, and where it was made (`provenance`). Raises
     Refused on a loss or weights that are not finite and on a state of another run."""
     state_file = models.state_path(path)
-    curve, seconds = {key: [] for key in CURVE}, 0.0
-    made = provenance(machine)
+    curve, seconds, made = {key: [] for key in CURVE}, 0.0, provenance(machine)
     state = models.read_state(state_file)
     if state:
         check_same_run(settings, state["settings"], state_file)
