@@ -686,7 +686,12 @@ def class_folders(folder):
     if not os.path.isdir(folder):
         return []
     names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
-    return sorted(n for n in names if not n.startswith(".") and n not in NO_CLASSES)
+    return sorted(name for name in names if not left_by_a_system(name))
+
+
+def left_by_a_system(name):
+    """Is a file or folder of this name hidden, or one that systems make?"""
+    return name.startswith(".") or name in NO_CLASSES
 
 
 def image_files(folder, classes):
@@ -696,8 +701,7 @@ def image_files(folder, classes):
 
     def shown(path):
         parts = path[len(folder):].replace("\\", "/").split("/")
-        hidden = any(part.startswith(".") or part in NO_CLASSES for part in parts)
-        return path.lower().endswith(IMG_EXTENSIONS) and not hidden
+        return path.lower().endswith(IMG_EXTENSIONS) and not any(map(left_by_a_system, parts))
     try:
         found = make_dataset(folder, {name: i for i, name in enumerate(classes)}, None, shown)
     except FileNotFoundError as problem:
@@ -863,7 +867,7 @@ def provenance(machine):
 
 
 def in_turn(earlier, now):
-    """The `provenance` of a run that was resumed: where two sessions differ, one after the other."""
+    """The `provenance` of a resumed run: where its sessions differ, one after the other."""
     found = {}
     for key, value in now.items():
         found[key] = earlier[key]
