@@ -563,6 +563,7 @@ OURS = (
 # Added after rows had been seen.
 EXPLORATORY = (
     ("one_cycle/first", ">", "finetune"),
+    ("one_cycle/random", ">", "finetune/end=0.01"),     # a larger constant rate
     ("one_cycle", ">", "one_cycle/unpruned"),
     ("linear", "=", "one_cycle"),
     ("scratch_e", "=", "one_cycle"),
