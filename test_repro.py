@@ -4186,8 +4186,8 @@ def until(condition):
 
 
 def held():
-    """In a process of its own: the command of sys.argv, which waits in the second epoch of its first
-    run until there is a file `go`."""
+    """In a process of its own: the command of sys.argv, which waits in the second epoch of its
+    first run until there is a file `go`."""
     def waiting(real, *args, **named):
         until(Path("go").exists)
         return real(*args, **named)
@@ -4207,7 +4207,8 @@ def parent_of_two(written):
     def noted(command, **named):
         _, script, *words = command
         assert script == retrain.__file__
-        child = real([sys.executable, "-c", "import test_repro; test_repro.held()", *words], **named)
+        code = "import test_repro; test_repro.held()"
+        child = real([sys.executable, "-c", code, *words], **named)
         with open("pids", "a") as file:
             print(child.pid, file=file)
         return child
