@@ -651,6 +651,24 @@ def verdict(values, relation):
     return f"{word} {mean:+.2f} [{low:+.2f}, {high:+.2f}], n={n}"
 
 
+def changed(first, last):
+    """The mean of `last` minus that of `first` (differences in points, found with other dense runs,
+    so that nothing is paired), with Welch's 95 % interval (Biometrika 34, 1947)."""
+    if not first or not last:
+        return "–"
+    mean = np.mean(last) - np.mean(first)
+    if min(len(first), len(last)) < 3:
+        return f"{mean:+.2f}"
+    squares = [np.var(values, ddof=1) / len(values) for values in (first, last)]
+    total = sum(squares)
+    freedom = 1.0
+    if total > 0:
+        terms = [square ** 2 / (len(values) - 1) for square, values in zip(squares, (first, last))]
+        freedom = total ** 2 / sum(terms)
+    half = np.interp(freedom, range(1, 1 + len(STUDENT)), STUDENT) * math.sqrt(total)
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
 def words(claim):
     """A claim as text."""
     left, relation, right = claim
@@ -660,9 +678,9 @@ def words(claim):
     return f"`{sides[0]} {relation} {sides[1]}`{margin}{exploratory}"
 
 
-def claims(found, columns, corner="claim"):
+def claims(found, columns, corner="claim", change=False):
     """The table of the claims, a line for each that the rows can say something of; columns:
-    {heading: Cell}."""
+    {heading: Cell}. With `change` another column says how the first differs from the last."""
     known = [compared(found, cell) for cell in columns.values()]
     lines = {}
     for claim in (*PAPER, *OURS, *EXPLORATORY):
@@ -670,7 +688,10 @@ def claims(found, columns, corner="claim"):
         values = [list(values_of(accuracies, (left, right)).values()) for accuracies in known]
         if any(values):
             lines[words(claim)] = [verdict(some, relation) for some in values]
-    return table(corner, columns, lines) if lines else ""
+            if change:
+                lines[words(claim)].append(changed(values[0], values[-1]))
+    headings = [*columns, "change, first to last"] if change else columns
+    return table(corner, headings, lines) if lines else ""
 
 
 # ---- the report: tables and pictures -------------------------------------------------------------
@@ -819,7 +840,7 @@ def report(rows):
         "interval at 95 %, each by itself: about one in twenty looks decided by chance. "
         "`/random`: pruned at random; `/unpruned`: the dense network retrained likewise; `/first`: "
         "with the smallest budget. *Reversed*: decided the other way round. Exploratory: added "
-        "after rows had been seen.",
+        "after rows had been seen. *Change*: not paired, with Welch's interval.",
         "- Pictures: test accuracy by epoch; its largest, its last. The dip while the learning "
         "rate is large is normal: compare the ends.\n"]
     # Retrained dense networks stand beside pruned ones, as /unpruned; without any, by themselves.
@@ -855,7 +876,8 @@ def by_length(found, shown):
     tables = []
     for (base, what), columns in groups.items():
         if len({cell.network for cell in columns.values()}) > 1:
-            tables.append(claims(found, columns, f"{base}, pruned: {what}, by what differs"))
+            corner = f"{base}, pruned: {what}, by what differs"
+            tables.append(claims(found, columns, corner, change=True))
     return tables
 
 

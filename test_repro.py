@@ -3421,13 +3421,18 @@ def test_the_report_is_printed_again_from_the_rows(dry):
 
 # ---- report: claims ------------------------------------------------------------------------------
 
-def test_quantiles_are_students():
-    """By integration: t = sqrt(f) tan(angle) has the density cos(angle)^(f-1), f degrees."""
+def student(degrees):
+    """The 97.5 % quantile, by integration: t = sqrt(f) tan(angle) has the density cos(angle)^(f-1),
+    f degrees."""
     angle = np.linspace(0, np.pi / 2, 100_001)
+    mass = np.cumsum(np.cos(angle) ** (degrees - 1))
+    found = np.interp(0.95, mass / mass[-1], angle)
+    return math.sqrt(degrees) * math.tan(found)
+
+
+def test_quantiles_are_students():
     for degrees, quantile in enumerate(retrain.STUDENT, 1):
-        mass = np.cumsum(np.cos(angle) ** (degrees - 1))
-        found = np.interp(0.95, mass / mass[-1], angle)
-        assert math.sqrt(degrees) * math.tan(found) == pytest.approx(quantile, abs=2e-3)
+        assert student(degrees) == pytest.approx(quantile, abs=2e-3)
 
 
 # Of mean ± sd with n = 3 the interval is mean ± 4.303 sd / sqrt(3): ± 0.248 where sd is 0.1.
@@ -3464,6 +3469,31 @@ def test_fewer_than_three_decide_nothing(values, words, relation):
 def test_more_repetitions_narrow_the_interval(n, half):
     found = retrain.verdict(n // 2 * [0.0, 1.0], ">")
     assert found.endswith(f"+0.50 [{0.5 - half:+.2f}, {0.5 + half:+.2f}], n={n}")
+
+
+# Welch's degrees of freedom, worked by hand. Between whole ones the quantiles' straight line lies a
+# little above Student's curve.
+@pytest.mark.parametrize("first, last, error, degrees", [
+    pytest.param([4, 5, 6], [1, 2, 3], math.sqrt(2 / 3), 4, id="equal-spread-as-student"),
+    pytest.param([5, 5, 5], [1, 2, 3], math.sqrt(1 / 3), 2, id="only-the-last-varies"),
+    pytest.param([4, 5, 6], [0, 2, 4], math.sqrt(5 / 3), 50 / 17, id="other-spreads"),
+    pytest.param([4, 5, 6], [1, 1, 3, 3], math.sqrt(2 / 3), 5 - 1 / 5, id="other-numbers")])
+def test_change_between_lengths(first, last, error, degrees):
+    words = retrain.changed([float(value) for value in first], [float(value) for value in last])
+    mean, low, high = map(float, re.findall(r"[+-][0-9.]+", words))
+    half = student(degrees) * error
+    assert mean == -3
+    assert (low, high) == pytest.approx((-3 - half, -3 + half), abs=0.06)
+
+
+@pytest.mark.parametrize("first, last, words", [
+    ([], [1.0, 1.0, 1.0], "–"),
+    ([1.0, 1.0, 1.0], [], "–"),
+    ([1.0, 2.0], [1.0, 2.0, 3.0], "+0.50"),
+    ([1.0, 2.0, 3.0], [5.0], "+3.00"),
+    ([1.0, 1.0, 1.0], [2.0, 2.0, 2.0], "+1.00 [+1.00, +1.00]")])
+def test_change_of_few_or_equal_values(first, last, words):
+    assert retrain.changed(first, last) == words
 
 
 def test_a_side_is_a_difference_of_differences():
@@ -3812,10 +3842,11 @@ def test_dense_runs_of_other_lengths_stand_side_by_side(row, one, two):
             rows.append(made)
     lines = reported(rows)
     heading = ("| resnet8 on shapes, pruned: filters 0.5, by what differs | "
-               f"epochs {one}, magnitude t=1 | epochs {two}, magnitude t=1 |")
+               f"epochs {one}, magnitude t=1 | epochs {two}, magnitude t=1 | "
+               "change, first to last |")
     assert heading in lines
     table = lines[lines.index(heading):]
-    assert "| `slr > finetune` | not decided +1.00, n=1 | not decided +2.00, n=1 |" in table
+    assert "| `slr > finetune` | not decided +1.00, n=1 | not decided +2.00, n=1 | +1.00 |" in table
 
 
 def varied(row):
