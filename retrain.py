@@ -572,7 +572,7 @@ EXPLORATORY = (
     ("one_cycle/end=0.001/flat-momentum", "=", "one_cycle"),
 )
 SAME = 0.5          # points
-# The 97.5 % quantiles of Student's t, for 1, 2, … degrees of freedom; the last serves for more.
+# The 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom, see `student`.
 STUDENT = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 
 
@@ -625,6 +625,12 @@ def values_of(accuracies, name):
     return {key: left[key] - right[key] for key in left if key in right}
 
 
+def student(freedom):
+    """The 97.5 % quantile of Student's t, between whole degrees of freedom by a straight line; the
+    last one known serves for more."""
+    return np.interp(freedom, range(1, 1 + len(STUDENT)), STUDENT)
+
+
 def verdict(values, relation):
     """What `values` (left minus right side, in points) say, with Student's 95 % interval.
 
@@ -636,7 +642,7 @@ def verdict(values, relation):
     n = len(values)
     if n < 3:
         return f"not decided {mean:+.2f}, n={n}"
-    half = STUDENT[min(n - 2, 8)] * np.std(values, ddof=1) / math.sqrt(n)
+    half = student(n - 1) * np.std(values, ddof=1) / math.sqrt(n)
     low, high = mean - half, mean + half
     word = "not decided"
     if relation == ">":
@@ -661,11 +667,11 @@ def changed(first, last):
         return f"{mean:+.2f}"
     squares = [np.var(values, ddof=1) / len(values) for values in (first, last)]
     total = sum(squares)
-    freedom = 1.0
+    freedom = 1.0                                       # any: without spread the width is 0
     if total > 0:
         terms = [square ** 2 / (len(values) - 1) for square, values in zip(squares, (first, last))]
         freedom = total ** 2 / sum(terms)
-    half = np.interp(freedom, range(1, 1 + len(STUDENT)), STUDENT) * math.sqrt(total)
+    half = student(freedom) * math.sqrt(total)
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 

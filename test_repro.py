@@ -3479,7 +3479,7 @@ def test_more_repetitions_narrow_the_interval(n, half):
     pytest.param([4, 5, 6], [0, 2, 4], math.sqrt(5 / 3), 50 / 17, id="other-spreads"),
     pytest.param([4, 5, 6], [1, 1, 3, 3], math.sqrt(2 / 3), 5 - 1 / 5, id="other-numbers")])
 def test_change_between_lengths(first, last, error, degrees):
-    words = retrain.changed([float(value) for value in first], [float(value) for value in last])
+    words = retrain.changed(first, last)
     mean, low, high = map(float, re.findall(r"[+-][0-9.]+", words))
     half = student(degrees) * error
     assert mean == -3
